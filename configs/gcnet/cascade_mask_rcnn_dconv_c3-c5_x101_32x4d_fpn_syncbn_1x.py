@@ -1,0 +1,22 @@
+"""Cascade Mask R-CNN, X-101-32x4d-FPN, DCN in c3-c5, no GC block, SyncBN in the backbone, 1x.
+
+Published on COCO val2017: 47.1 box AP, 40.4 mask AP.
+Checkpoint: https://open-mmlab.s3.ap-northeast-2.amazonaws.com/mmdetection/models/gcnet/cascade_mask_rcnn_dconv_c3-c5_x101_32x4d_fpn_syncbn_1x_20190602-9aa8c394.pth
+"""
+_base_ = [
+    '../_base_/models/cascade_mask_rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        type='ResNeXt',
+        depth=101,
+        groups=32,
+        base_width=4,
+        pretrained='open-mmlab://resnext101_32x4d',
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        dcn=dict(type='DCN', deform_groups=1),
+        stage_with_dcn=(False, True, True, True)))  # c2, c3, c4, c5

@@ -1,0 +1,15 @@
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c3-c5, fixed BN, 2x.
+
+Published on COCO val2017: 39.7 box AP, 36.1 mask AP.
+Checkpoint: https://1drv.ms/u/s!AkEXj14LxwVpfFrg1q0y6j6KKy4?e=NdeFXG
+"""
+_base_ = [
+    '../_base_/models/mask_rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/schedule_2x.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        gcb=dict(ratio=1 / 16),
+        stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

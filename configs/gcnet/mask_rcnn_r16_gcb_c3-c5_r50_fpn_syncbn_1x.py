@@ -1,0 +1,17 @@
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c3-c5, SyncBN in the backbone, 1x.
+
+Published on COCO val2017: 39.4 box AP, 35.7 mask AP; 4.5 GB, 0.547 s/iter, 9.9 fps.
+Checkpoint: https://open-mmlab.s3.ap-northeast-2.amazonaws.com/mmdetection/models/gcnet/mask_rcnn_r16_gcb_c3-c5_r50_fpn_syncbn_1x_20190602-a0169c20.pth
+"""
+_base_ = [
+    '../_base_/models/mask_rcnn_r50_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        gcb=dict(ratio=1 / 16),
+        stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

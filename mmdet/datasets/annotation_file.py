@@ -1,0 +1,173 @@
+"""Reads annotation files in COCO's format and says in one line what is wrong with them.
+
+CocoDataset calls, in this order: ``read_annotation_file``, ``category_ids``, ``index_images`` once, then for
+each annotation ``malformed``, ``unusable`` and ``check_segmentation``, at last ``check_files``.
+"""
+
+import difflib
+import json
+import math
+import os
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_annotation_file(ann_file: str) -> dict[str, Any]:
+    """The parsed file; polygons are float64 arrays, which take a quarter of the memory of lists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or lacks a list of images, annotations or categories.
+    """
+    path = Path(ann_file)
+    if not path.is_file():
+        raise FileNotFoundError(f'no annotation file {path.absolute()}: set data_root and ann_file')
+    try:
+        content = json.loads(path.read_text('utf-8-sig'), object_hook=_pack_polygons)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f'{ann_file} is not a JSON file: {error}') from None
+    for key in ('images', 'annotations', 'categories'):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f'{ann_file} is not an annotation file in COCO\'s format: no list {key!r} in it')
+    return content
+
+
+def _pack_polygons(record: dict[str, Any]) -> dict[str, Any]:
+    polygons = record.get('segmentation')
+    if isinstance(polygons, list):
+        try:
+            record['segmentation'] = [array('d', polygon) for polygon in polygons]
+        except (TypeError, OverflowError):
+            pass  # check_segmentation names the annotation, where masks are needed
+    return record
+
+
+def category_ids(categories: list[dict], classes: Sequence[str], ann_file: str) -> list[int]:
+    """The category id of each class.
+
+    Raises:
+        ValueError: a class is not in the file, or the file's categories are malformed.
+    """
+    try:
+        ids = {category['name']: category['id'] for category in categories}
+    except (KeyError, TypeError):
+        raise ValueError(f'{ann_file}: a category without id or name') from None
+    if len(ids) < len(categories) or len(set(ids.values())) < len(categories):
+        raise ValueError(f'{ann_file}: ids or names of categories are not unique')
+    missing = [name for name in classes if name not in ids]
+    if missing:
+        nearest = ', '.join(
+            f'{name!r} -> {match!r}'
+            for name in missing[:3]
+            for match in difflib.get_close_matches(name, list(ids), n=1, cutoff=0))
+        raise ValueError(
+            f'{ann_file} has no category {abbreviated(missing)}; nearest: {nearest or "none"}; '
+            f'classes of the config: {abbreviated(classes)}; categories of the file: '
+            f'{abbreviated(list(ids))}; set metainfo=dict(classes=...) of the data set to those of the file')
+    return [ids[name] for name in classes]
+
+
+def index_images(records: list[dict], folder: str, ann_file: str) -> dict[int, dict[str, Any]]:
+    """Image id -> item without annotations, in the order of the file.
+
+    Raises:
+        ValueError: an image lacks a key, or its id is not unique.
+    """
+    images: dict[int, dict[str, Any]] = {}
+    for record in records:
+        try:
+            image_id, path = record['id'], os.path.join(folder, record['file_name'])
+            height, width = record['height'], record['width']
+            valid = isinstance(image_id, int) and height > 0 and width > 0
+        except (KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f'{ann_file}: an image needs an integer id, file_name, height and width: {str(record)[:200]}')
+        if image_id in images:
+            raise ValueError(f'{ann_file}: image id {image_id} is not unique')
+        images[image_id] = dict(
+            img_id=image_id, img_path=path, height=height, width=width, annotated=False, instances=[])
+    return images
+
+
+def malformed(annotation: Any, images: Mapping[int, Any], labels: Mapping[int, Any]) -> str:
+    """What is malformed in an annotation; '' if nothing."""
+    try:
+        x, y, w, h = annotation['bbox']
+        known_image, known_category = annotation['image_id'] in images, annotation['category_id'] in labels
+        if known_image and known_category and math.isfinite(x + y + w + h + annotation.get('area', 0)):
+            return '' if isinstance(annotation['id'], int) else 'an annotation id is not an integer'
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return (
+            'an annotation needs id, image_id, category_id, bbox (4 numbers) and, if any, a numeric area: '
+            f'{str(annotation)[:200]}')
+    name = f'annotation {annotation.get("id")}'
+    if not known_image:
+        return f'{name} has an image_id that is not in the file: {annotation["image_id"]}'
+    if not known_category:
+        return f'{name} has a category_id that is not in the file: {annotation["category_id"]}'
+    return f'{name} has a bbox or area that is not finite: {annotation["bbox"]}, {annotation.get("area")}'
+
+
+def unusable(annotation: dict[str, Any], image: dict[str, Any]) -> str:
+    """Why an annotation cannot be trained on; '' if it can."""
+    x, y, w, h = annotation['bbox']
+    if annotation.get('ignore'):
+        return "marked 'ignore'"
+    if annotation.get('area', w * h) <= 0 or w < 1 or h < 1:
+        return 'of zero area or below 1 pixel'
+    if min(x + w, image['width']) <= max(x, 0) or min(y + h, image['height']) <= max(y, 0):
+        return 'outside the image'
+    return ''
+
+
+def check_segmentation(annotation: dict[str, Any], image: dict[str, Any], ann_file: str) -> None:
+    """
+    Raises:
+        ValueError: no mask can be made of the annotation's segmentation.
+    """
+    segmentation = annotation.get('segmentation')
+    if not segmentation:
+        raise ValueError(
+            f'{ann_file}: annotation {annotation["id"]} has no segmentation, '
+            'but the pipeline has LoadAnnotations with with_mask=True')
+    if not isinstance(segmentation, dict) and not all(isinstance(polygon, array) for polygon in segmentation):
+        raise ValueError(
+            f'{ann_file}: the segmentation of annotation {annotation["id"]} is neither a list of polygons '
+            f'[x1, y1, x2, y2, ...] nor an RLE: {str(segmentation)[:200]}')
+    size = [image['height'], image['width']]
+    if isinstance(segmentation, dict) and (segmentation.get('size') != size or 'counts' not in segmentation):
+        raise ValueError(
+            f'{ann_file}: the RLE of annotation {annotation["id"]} lacks counts or its size is not '
+            f'that of the image {size}: {segmentation.get("size")}')
+
+
+def check_files(paths: list[str], ann_file: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: an image of ``paths`` or its folder is missing.
+    """
+    # One listing per folder: a check of each file would take minutes on a network file system.
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            if not os.path.isdir(folder or '.'):
+                raise FileNotFoundError(
+                    f'no image folder {os.path.abspath(folder)}: set data_root and data_prefix.img')
+            listings[folder] = set(os.listdir(folder or '.'))
+        if name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        raise FileNotFoundError(
+            f'{len(missing)} of {len(paths)} images of {ann_file} do not exist, the first is {missing[0]}')
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """The first ten names, for a message."""
+    shown = ', '.join(repr(name) for name in names[:10])
+    return f'[{shown}, ... {len(names)} in all]' if len(names) > 10 else f'[{shown}]'

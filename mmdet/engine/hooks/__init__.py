@@ -1,0 +1,9 @@
+"""What happens between the steps of training and testing."""
+
+from mmdet.engine.hooks.checkpoint_hook import CheckpointHook
+from mmdet.engine.hooks.draw_hook import DrawHook
+from mmdet.engine.hooks.logger_hook import LoggerHook
+from mmdet.engine.hooks.training_hooks import ClassesHook, EpochSeedHook, LossHook, SyncBuffersHook
+
+__all__ = ['CheckpointHook', 'ClassesHook', 'DrawHook', 'EpochSeedHook', 'LoggerHook', 'LossHook',
+           'SyncBuffersHook']

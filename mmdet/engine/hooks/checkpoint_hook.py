@@ -1,0 +1,34 @@
+"""When checkpoints are written and removed."""
+
+from pathlib import Path
+from typing import Any
+
+import mmengine.hooks
+from mmengine.dist import is_main_process
+from mmengine.runner import Runner
+
+from mmdet.checkpoint import write_text
+from mmdet.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CheckpointHook(mmengine.hooks.CheckpointHook):
+    """mmengine's, but an old checkpoint is removed only when the new one is whole on disk."""
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
+        outdated = []
+        if self.max_keep_ckpts > 0:
+            steps = [kept for kept in self.keep_ckpt_ids if kept != step] + [step]
+            outdated = [self.filename_tmpl.format(old) for old in steps[:-self.max_keep_ckpts]]
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(steps[-self.max_keep_ckpts:])
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self.last_ckpt = str(folder / name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.save_checkpoint(
+            self.out_dir, name, save_optimizer=self.save_optimizer, meta=meta, by_epoch=self.by_epoch)
+        if is_main_process():
+            write_text(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt)
+            for old in outdated:
+                (folder / old).unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""What the command-line tools share: flags, several processes, errors."""
+
+import argparse
+import logging
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed
+
+import mmdet
+from mmdet.utils.config import CfgOptions
+from mmdet.utils.env import threads_per_process
+
+# Errors that tell the user all there is to know, if it is our code that raises them.
+_EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that training and testing have in common."""
+    parser.add_argument('--work_dir', help='folder of logs and checkpoints (default: work_dirs/CONFIG NAME)')
+    parser.add_argument('--gpus', type=int, default=1, metavar='N',
+                        help='start N processes, one a GPU, or N on the CPU where there is no GPU')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none',
+                        help='what has started the processes, if not this command')
+    parser.add_argument('--local_rank', type=int, help='ignored; old launchers pass it')
+    parser.add_argument('--trust_checkpoint', action='store_true',
+                        help='load a checkpoint even if it holds what could run code')
+    parser.add_argument('--legacy_2019', action='store_true',
+                        help='use the numerics and recipe of the 2019 code')
+    parser.add_argument('--cfg_options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE',
+                        help='override settings of the config: a.b=c')
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; ``--work-dir`` is ``--work_dir``, and so for all flags. Values stay as they are."""
+    parser.epilog = 'Flags may be written with dashes or underscores.'
+    return parser.parse_args([re.sub(r'^--[\w-]+', lambda flag: '--' + flag[0][2:].replace('-', '_'), word)
+                              for word in argv])
+
+
+def join_processes(args: argparse.Namespace, argv: Sequence[str]) -> str | None:
+    """Be one process of many, or start them.
+
+    Returns:
+        The launcher for the runner's config ('none' or 'pytorch'); None in a process that has started
+        others and has nothing to do but exit.
+
+    Raises:
+        ValueError: more processes than GPUs.
+    """
+    if args.launcher == 'slurm':
+        _slurm_environment()
+        return 'pytorch'
+    if args.launcher == 'pytorch' or {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} <= os.environ.keys():
+        return 'pytorch'
+    if args.gpus < 1:
+        raise ValueError(f'--gpus {args.gpus}: at least one process is needed')
+    if args.gpus == 1 and int(os.environ.get('NNODES', 1)) == 1:
+        return 'none'
+    _start_processes(args.gpus, argv)
+    return None
+
+
+def _start_processes(count: int, argv: Sequence[str]) -> None:
+    """Run this command ``count`` times under torch.distributed.run and wait; exits with their status.
+
+    ``NNODES``, ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment join several machines.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise ValueError(f'{count} processes need {count} GPUs; this machine has {gpus}')
+    os.environ['OMP_NUM_THREADS'] = str(threads_per_process(count))  # torch.distributed.run would set 1
+    logging.disable(logging.ERROR)  # its words on a failed process; the process itself has said why
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    env = os.environ
+    # Port 0 is any free one.
+    options = ['--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--local_addr=127.0.0.1']
+    if 'MASTER_PORT' in env or int(env.get('NNODES', 1)) > 1:
+        options = [f'--nnodes={env.get("NNODES", 1)}', f'--node_rank={env.get("NODE_RANK", 0)}',
+                   f'--master_addr={env.get("MASTER_ADDR", "127.0.0.1")}',
+                   f'--master_port={env.get("MASTER_PORT", 29500)}']
+    config, command, arguments = run.config_from_args(
+        run.parse_args([*options, f'--nproc_per_node={count}', sys.argv[0], *argv]))
+    try:
+        elastic_launch(config, command)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f'error: process {rank} was ended by signal {-failure.exitcode}'
+                  + (' (out of memory?)' if failure.exitcode == -9 else ''), file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as signal:
+        raise KeyboardInterrupt from signal
+
+
+def _slurm_environment() -> None:
+    """Translate what srun tells a task into what torch.distributed reads."""
+    env = os.environ
+    try:
+        env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
+        env['LOCAL_RANK'] = env['SLURM_LOCALID']
+        nodes = env['SLURM_NODELIST']
+    except KeyError as missing:
+        raise ValueError(f'--launcher slurm: {missing} is not in the environment; start with srun '
+                         '(tools/slurm_train.sh)') from None
+    if 'MASTER_ADDR' not in env:
+        names = subprocess.check_output(['scontrol', 'show', 'hostnames', nodes], text=True)
+        env['MASTER_ADDR'] = names.split()[0]
+    env.setdefault('MASTER_PORT', '29500')
+    if 'SLURM_CPUS_PER_TASK' in env:
+        env.setdefault('OMP_NUM_THREADS', env['SLURM_CPUS_PER_TASK'])
+
+
+def run_tool(main: Callable[[Sequence[str]], None], interrupted: str = 'interrupted') -> NoReturn:
+    """Run ``main`` on the command line's arguments and exit: 0, 1 after an error, 130 after Ctrl-C.
+
+    An expected error is one line on stderr. Of several processes, the first to fail speaks.
+    """
+    status = 0
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # else the process that started this one speaks
+            print(f'\n{interrupted}', file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if _first_to_fail():
+            line = expected_error(error)
+            if line is None:
+                traceback.print_exc()
+            else:
+                print(f'error: {line}', file=sys.stderr)
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if torch.distributed.is_initialized():
+        if status:
+            os._exit(status)  # an orderly end would wait for the other processes, or abort with noise
+        torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+def _first_to_fail() -> bool:
+    """Whether no other process of this machine's job has failed before."""
+    error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if error_file is None:
+        return True
+    try:  # .../attempt_0/RANK/error.json
+        (Path(error_file).parent.parent / 'failed').touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def expected_error(error: BaseException) -> str | None:
+    """What to tell the user about an error that is no bug; None for one that needs a traceback."""
+    # mmengine's registry raises anew what a constructor raised, with words of its own before it.
+    while str(error).startswith('class `') and error.__context__ is not None:
+        error = error.__context__
+    if not isinstance(error, _EXPECTED):
+        return None
+    worker = re.match(r'Caught \w+ in DataLoader worker', str(error))
+    if worker:  # the text is the worker's traceback, with the error at its end
+        return str(error).rstrip().rsplit('\n', 1)[-1].partition(': ')[2]
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(mmdet.__file__).parent), str(Path(sys.argv[0]).resolve().parent))
+    raised_here = bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(ours)
+    if raised_here or isinstance(error, (OSError, torch.OutOfMemoryError)):
+        return str(error)
+    return None

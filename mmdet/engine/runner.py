@@ -1,0 +1,214 @@
+"""mmengine's Runner, repaired where it fails on the CPU, on today's PyTorch, or without a warning."""
+
+import importlib.util
+import logging
+import time
+import warnings
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+import torch.distributed
+from mmengine.dist import broadcast, master_only
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from torch import nn
+
+import mmdet
+from mmdet import checkpoint as checkpoint_file
+
+# What later epochs need of mmengine's message hub; all of it is plain.
+_HUB_KEYS = ('best_', 'keep_ckpt_ids')
+
+
+class DetectionRunner(Runner):
+    """The training and testing loop.
+
+    Differs from mmengine's Runner in that it runs several processes on the CPU (gloo), writes checkpoints
+    of plain types and reads them with ``weights_only=True``, resumes exactly, keeps the console to what
+    changes, and adds the hooks without which a training would be wrong.
+    """
+
+    trust_checkpoint = False  # load also files that could run code
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_console_level(self.cfg.get('log_level', 'INFO'))
+
+    # ---------------------------------------------------------------- processes
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """As mmengine's, which without a GPU fails on several processes: those are joined by gloo."""
+        if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Move the model to its device; with several processes, average its gradients over them."""
+        with warnings.catch_warnings():  # `forward_sync_buffers`, its new name, is unknown to torch 2.11
+            warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')
+            if self.distributed and not torch.cuda.is_available():
+                return MMDistributedDataParallel(model, broadcast_buffers=False)
+            return super().wrap_model(model_wrapper_cfg, model)
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper of several processes."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def _init_model_weights(self) -> None:
+        """Start the model on the first process (one download) and copy it to the others."""
+        if self._resume:
+            return
+        model: Any = self.bare_model
+        if self.rank == 0:
+            model.init_weights()
+        for value in model.state_dict().values():
+            broadcast(value)
+
+    # ---------------------------------------------------------------- log
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """mmengine's logger; what it says while it is built goes to the file only, but for warnings."""
+        self.logger = super().build_logger(*args, **kwargs)
+        noise = ('will be deprecated', 'Exp name: ')  # of mmengine about itself
+        self.logger.addFilter(lambda record: not any(words in record.getMessage() for words in noise))
+        self._set_console_level(logging.WARNING)
+        return self.logger
+
+    def _set_console_level(self, level: int | str) -> None:
+        for handler in self.logger.handlers:
+            if not isinstance(handler, logging.FileHandler) and self.rank == 0:
+                handler.setLevel(level)
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """JSON lines, and TensorBoard where it is installed."""
+        if visualizer is None:
+            backends = [dict(type='LocalVisBackend')]
+            if self._train_loop is not None and importlib.util.find_spec('tensorboard'):
+                backends.append(dict(type='TensorboardVisBackend'))
+            visualizer = dict(type='Visualizer', vis_backends=backends)
+        return super().build_visualizer(visualizer)
+
+    def register_hooks(self, default_hooks: dict[str, Any] | None = None,
+                       custom_hooks: list[Any] | None = None) -> None:
+        """The hooks of the config and those that every training needs."""
+        names = ('ClassesHook', 'EpochSeedHook', 'LossHook', 'SyncBuffersHook')
+        always = [dict(type=name) for name in names]
+        super().register_hooks(default_hooks, always + list(custom_hooks or []))
+
+    def dump_config(self) -> None:
+        """Leave the resolved config of a training in its folder; a test leaves that one alone."""
+        if self._train_loop is not None:
+            super().dump_config()
+
+    # ---------------------------------------------------------------- learning rate
+
+    @property
+    def total_batch(self) -> int:
+        """Images in one step of the optimizer."""
+        return (self.world_size * self.train_dataloader.batch_sampler.batch_size
+                * self.optim_wrapper._accumulative_counts)
+
+    def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
+        """Multiply the learning rate by (total batch) / (batch that the config was written for)."""
+        if not (auto_scale_lr and auto_scale_lr.get('enable')):
+            return
+        total, base = self.total_batch, auto_scale_lr['base_batch_size']
+        before = optim_wrapper.optimizer.param_groups[0]['lr']
+        for group in optim_wrapper.optimizer.param_groups:
+            group['lr'] *= total / base
+        self.logger.info(
+            f'Learning rate {before:g} x {total} / {base} = {before * total / base:g}: '
+            f'scaled from a total batch of {base} to {total} images; '
+            'switch this off with --cfg-options auto_scale_lr.enable=False')
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @cached_property
+    def config_text(self) -> str:
+        """Formatted once: it is slow, and mmengine turns a Ctrl-C meanwhile into a SyntaxError."""
+        return self.cfg.pretty_text
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, save_optimizer: bool = True,
+                        meta: dict[str, Any] | None = None, by_epoch: bool = True, **kwargs: Any) -> None:
+        """Write ``out_dir/filename`` (arguments as mmengine's; only local files)."""
+        hub = self.message_hub.runtime_info
+        dataset = getattr(self.train_dataloader.dataset, 'metainfo', {})
+        content: dict[str, Any] = dict(
+            meta=dict(
+                meta or dict(epoch=self.epoch + by_epoch, iter=self.iter + (not by_epoch)),
+                seed=self.seed,
+                legacy_2019=bool(self.cfg.get('legacy_2019')),
+                cfg=self.config_text,
+                dataset_meta=dict(classes=tuple(dataset.get('classes', ()))),
+                experiment_name=self.experiment_name,
+                mmdet_version=mmdet.__version__,
+                mmengine_version=mmengine.__version__,
+                torch_version=str(torch.__version__),
+                time=time.strftime('%Y-%m-%d %H:%M:%S')),
+            state_dict=self.bare_model.state_dict(),
+            message_hub=dict(runtime_info={k: v for k, v in hub.items() if k.startswith(_HUB_KEYS)}))
+        if save_optimizer:
+            content['optimizer'] = self.optim_wrapper.state_dict()
+        self.call_hook('before_save_checkpoint', checkpoint=content)
+        checkpoint_file.save_checkpoint(content, Path(out_dir, filename))
+
+    def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
+                        **kwargs: Any) -> dict[str, Any]:
+        """Load weights (``strict``: all of them) and return the checkpoint."""
+        content = checkpoint_file.load_file(filename, map_location, self.trust_checkpoint)
+        self.call_hook('after_load_checkpoint', checkpoint=content)
+        checkpoint_file.load_weights(self.bare_model, content['state_dict'], filename, strict)
+        self._has_loaded = True
+        self.logger.info(f'Loaded {filename}')
+        return content
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Go on as if training had not stopped where ``filename`` was written.
+
+        Weights and the optimizer's momentum come from the checkpoint, all settings from the config.
+
+        Raises:
+            ValueError: no checkpoint of this training, or of one that has ended.
+        """
+        content = self.load_checkpoint(filename, strict=True)
+        meta = content.get('meta', {})
+        if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
+            raise ValueError(f'{filename} holds weights only, no state of a training: start from it with '
+                             f'--cfg-options load_from={filename}')
+        if meta['epoch'] >= self.max_epochs:
+            raise ValueError(f'{filename} is at epoch {meta["epoch"]} of {self.max_epochs}, nothing is left '
+                             'to train: raise train_cfg.max_epochs')
+        self.train_loop._epoch, self.train_loop._iter = meta['epoch'], meta['iter']
+        self._replay_schedules(meta['epoch'], meta['iter'])
+        groups = self.optim_wrapper.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != 'params'} for group in groups]
+        self.optim_wrapper.load_state_dict(content['optimizer'])
+        for group, values in zip(self.optim_wrapper.optimizer.param_groups, settings):
+            group.update(values)
+        saved = content.get('message_hub', {}).get('runtime_info', {})
+        self.message_hub.update_info_dict({k: v for k, v in saved.items() if k.startswith(_HUB_KEYS)})
+        self.logger.info(f'Resumed from {filename} after epoch {meta["epoch"]}, iteration {meta["iter"]}')
+
+    def _replay_schedules(self, epochs: int, iters: int) -> None:
+        """Bring the schedules to where they are after ``epochs`` of together ``iters`` iterations.
+
+        A saved state would not do: mmengine ends schedules at ``max_epochs`` and forgets what was beyond.
+        """
+        schedulers: list[Any] = self.param_schedulers or []
+        for scheduler in schedulers:
+            scheduler.optimizer._global_step = 0  # else mmengine warns of steps without the optimizer's
+        for i in range(iters):
+            epoch_ends = (i + 1) * epochs // iters > i * epochs // iters
+            for scheduler in schedulers:
+                if not scheduler.by_epoch:
+                    scheduler.step()
+            for scheduler in schedulers:
+                if scheduler.by_epoch and epoch_ends:
+                    scheduler.step()

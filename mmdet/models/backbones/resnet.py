@@ -1,0 +1,252 @@
+"""ResNet (arXiv 1512.03385) and ResNeXt (1611.05431), with context blocks (1904.11492) in chosen stages."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
+from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
+from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics
+from mmdet.registry import MODELS
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the residual addition (ResNet-18 and 34)."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        norm_cfg: NormConfig,
+        gcb: ContextBlockConfig | None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = build_norm(norm_cfg, planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = build_norm(norm_cfg, planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(in_channels, planes, stride, norm_cfg)
+        self.context_at = gcb.get('position', 'after_conv2') if gcb else None
+        if self.context_at == 'after_conv3':
+            raise ValueError("gcb.position='after_conv3': blocks of ResNet-18 and 34 have two convolutions")
+        if gcb:
+            self.context_block = build_context_block(gcb, planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
+        identity = self.downsample(x) if self.downsample is not None else x
+        out = self.relu(self.bn1(self.conv1(x)))
+        if self.context_at == 'after_conv1':
+            out = self.context_block(out)
+        out = self.bn2(self.conv2(out))
+        if self.context_at == 'after_conv2':
+            out = self.context_block(out)
+        out = out + identity
+        if self.context_at == 'after_add':
+            out = self.context_block(out)
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution and the residual addition (ResNet-50 and deeper).
+
+    The 3x3 convolution has ``groups`` groups of ``base_width * planes / 64`` channels (ResNeXt), and
+    is deformable with ``dcn``. The context block comes where ``gcb`` says, else after the last
+    convolution's norm, before the addition.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        norm_cfg: NormConfig,
+        gcb: ContextBlockConfig | None,
+        style: Literal['pytorch', 'caffe'] = 'pytorch',
+        groups: int = 1,
+        base_width: int = 64,
+        dcn: DeformConvConfig | None = None,
+    ) -> None:
+        super().__init__()
+        out_channels = planes * self.expansion
+        width = planes * base_width // 64 * groups
+        # torchvision's weights have the stride in the 3x3 convolution, Caffe's in the first 1x1.
+        stride1, stride2 = (1, stride) if style == 'pytorch' else (stride, 1)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride1, bias=False)
+        self.bn1 = build_norm(norm_cfg, width)
+        self.conv2: nn.Module
+        if dcn:
+            self.conv2 = DeformConv2d(
+                width, width, stride2, groups, dcn['type'] == 'DCNv2', dcn.get('deform_groups', 1))
+        else:
+            self.conv2 = nn.Conv2d(width, width, 3, stride=stride2, padding=1, groups=groups, bias=False)
+        self.bn2 = build_norm(norm_cfg, width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = build_norm(norm_cfg, out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(in_channels, out_channels, stride, norm_cfg)
+        self.context_at = gcb.get('position', 'after_conv3') if gcb else None
+        if gcb:
+            inside = self.context_at in ('after_conv1', 'after_conv2')
+            self.context_block = build_context_block(gcb, width if inside else out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
+        identity = self.downsample(x) if self.downsample is not None else x
+        out = self.relu(self.bn1(self.conv1(x)))
+        if self.context_at == 'after_conv1':
+            out = self.context_block(out)
+        out = self.relu(self.bn2(self.conv2(out)))
+        if self.context_at == 'after_conv2':
+            out = self.context_block(out)
+        out = self.bn3(self.conv3(out))
+        if self.context_at == 'after_conv3':
+            out = self.context_block(out)
+        out = out + identity
+        if self.context_at == 'after_add':
+            out = self.context_block(out)
+        return self.relu(out)
+
+
+def _downsample(
+    in_channels: int, out_channels: int, stride: int, norm_cfg: NormConfig
+) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+        build_norm(norm_cfg, out_channels))
+
+
+ARCHITECTURES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+@MODELS.register_module(name=['ResNet', 'ResNeXt'])
+class ResNet(nn.Module):
+    """ResNet of depth 18, 34, 50, 101 or 152; ResNeXt with ``groups`` (32x4d: groups 32, base_width 4).
+
+    Args:
+        depth: number of layers.
+        norm_cfg: normalisation of the whole backbone.
+        norm_eval: keep batch norm in eval mode while training ("fixed BN": the running
+            statistics of the pretrained weights stay; scale and shift are trained).
+        frozen_stages: stages that are not trained, from the stem (0) on; -1 trains all.
+        gcb: context block, built in the stages of ``stage_with_gcb``; None for none.
+        stage_with_gcb: for c2, c3, c4, c5: all their blocks, none, or those of a tuple of indices
+            (-1 is the last).
+        dcn: deformable 3x3 convolutions, in the stages of ``stage_with_dcn``; None for none.
+        stage_with_dcn: for c2, c3, c4, c5.
+        groups, base_width: groups of the 3x3 convolutions, and channels a group in c2.
+        out_indices: which of c2 .. c5 (0 .. 3) are returned.
+        style: 'pytorch' has the stride in the 3x3 convolution, 'caffe' in the 1x1 before it.
+        zero_init_residual: start each residual branch at zero.
+        pretrained: 'torchvision://resnet50' or a file, loaded when training starts; None
+            starts from random weights.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        norm_cfg: NormConfig | None = None,
+        norm_eval: bool = True,
+        frozen_stages: int = -1,
+        gcb: ContextBlockConfig | None = None,
+        stage_with_gcb: Sequence[bool | Sequence[int]] = (False, False, False, False),
+        dcn: DeformConvConfig | None = None,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        groups: int = 1,
+        base_width: int = 64,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: Literal['pytorch', 'caffe'] = 'pytorch',
+        zero_init_residual: bool = True,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        if depth not in ARCHITECTURES:
+            raise ValueError(f'backbone.depth={depth}: ResNet has the depths {list(ARCHITECTURES)}')
+        for name, stages, part in (('gcb', stage_with_gcb, gcb), ('dcn', stage_with_dcn, dcn)):
+            if len(stages) != 4:
+                raise ValueError(f'backbone.stage_with_{name}={stages}: give four values, for c2 .. c5')
+            if any(stages) and part is None:
+                raise ValueError(
+                    f'backbone.stage_with_{name}={stages} asks for what backbone.{name}=None lacks; set both')
+        norm_cfg = norm_cfg or NormConfig(type='BN')
+        block, num_blocks = ARCHITECTURES[depth]
+        if block is BasicBlock and (groups > 1 or dcn or style == 'caffe'):
+            raise ValueError(f'backbone.depth={depth}: groups, dcn and the caffe style need depth 50 or more')
+        self.norm_eval = norm_eval
+        self.frozen_stages = frozen_stages
+        self.out_indices = out_indices
+        self.pretrained = pretrained
+
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = build_norm(norm_cfg, 64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        channels = 64
+        for i in range(4):
+            planes = 64 * 2**i
+            blocks: list[nn.Module] = []
+            for j in range(num_blocks[i]):
+                stride = 2 if i > 0 and j == 0 else 1
+                chosen = stage_with_gcb[i]
+                if not isinstance(chosen, bool):
+                    chosen = j in chosen or j - num_blocks[i] in chosen
+                stage_gcb = gcb if chosen else None
+                stage_dcn = dcn if stage_with_dcn[i] else None
+                if block is Bottleneck:
+                    blocks.append(Bottleneck(
+                        channels, planes, stride, norm_cfg, stage_gcb, style, groups, base_width, stage_dcn))
+                else:
+                    blocks.append(BasicBlock(channels, planes, stride, norm_cfg, stage_gcb))
+                channels = planes * block.expansion
+            self.add_module(f'layer{i + 1}', nn.Sequential(*blocks))
+        self._init_weights(zero_init_residual)
+        for stage in self._frozen():
+            stage.requires_grad_(False)
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        for name, module in self.named_modules():
+            # Context blocks and deformable convolutions start their own way: as nothing new.
+            if isinstance(module, nn.Conv2d) and 'context_block' not in name and 'conv_offset' not in name:
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                last_norm: Any = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last_norm.weight)
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.conv1, self.bn1, *self._stages()[:self.frozen_stages]]
+
+    def _stages(self) -> list[nn.Module]:
+        return [self.get_submodule(f'layer{i}') for i in range(1, 5)]
+
+    def train(self, mode: bool = True) -> 'ResNet':
+        """Training mode, but for the frozen stages and (``norm_eval``) the batch norms."""
+        super().train(mode)
+        for module in [self] if self.norm_eval else self._frozen():
+            freeze_norm_statistics(module)
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (N, 3, H, W) to c2 .. c5, (N, C_i, H / stride_i, W / stride_i), strides 4 .. 32."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        outputs = []
+        for stage in self._stages():
+            x = stage(x)
+            outputs.append(x)
+        return [outputs[i] for i in self.out_indices]

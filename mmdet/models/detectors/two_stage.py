@@ -1,0 +1,80 @@
+"""Two-stage detectors: Faster, Mask and Cascade R-CNN.
+
+What happens to a batch of images: ``data_preprocessor`` -> ``backbone`` -> ``neck`` -> ``rpn_head``
+(proposals) -> ``roi_head`` (boxes, classes, masks). ``N`` images.
+"""
+
+from typing import Any
+
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from mmdet.checkpoint import load_pretrained_backbone
+from mmdet.models.train_test_cfg import TestConfig, TrainConfig
+from mmdet.registry import MODELS
+from mmdet.structures.data_sample import DataSample
+
+
+@MODELS.register_module(name=['FasterRCNN', 'MaskRCNN', 'CascadeRCNN'])
+class TwoStageDetector(BaseModel):
+    """Faster R-CNN (arXiv 1506.01497); Mask R-CNN (arXiv 1703.06870) if the RoI head has a mask head;
+    Cascade R-CNN (arXiv 1712.00726) if it is a CascadeRoIHead.
+
+    Args:
+        data_preprocessor, backbone, neck, rpn_head, roi_head: configs of the parts.
+        train_cfg, test_cfg: assignment, sampling and post-processing of both stages.
+    """
+
+    def __init__(
+        self,
+        data_preprocessor: dict[str, Any],
+        backbone: dict[str, Any],
+        neck: dict[str, Any],
+        rpn_head: dict[str, Any],
+        roi_head: dict[str, Any],
+        train_cfg: TrainConfig,
+        test_cfg: TestConfig,
+    ) -> None:
+        super().__init__(data_preprocessor=MODELS.build(data_preprocessor))
+        self.backbone = MODELS.build(backbone)
+        self.neck = MODELS.build(neck)
+        self.rpn_head = MODELS.build(dict(rpn_head, train_cfg=train_cfg['rpn']))
+        self.roi_head = MODELS.build(dict(roi_head, train_cfg=train_cfg['rcnn'], test_cfg=test_cfg['rcnn']))
+        self.train_proposal_cfg = train_cfg['rpn_proposal']
+        self.test_proposal_cfg = test_cfg['rpn']
+
+    def init_weights(self) -> None:
+        """Load the backbone's ``pretrained`` weights; everything else was set when it was built."""
+        if self.backbone.pretrained is not None:
+            load_pretrained_backbone(self.backbone, self.backbone.pretrained)
+
+    def extract_features(self, inputs: Tensor) -> list[Tensor]:
+        """Images (N, 3, H, W) to the pyramid's levels (N, C, H / stride_i, W / stride_i)."""
+        return self.neck(self.backbone(inputs))
+
+    def forward(
+        self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = 'tensor'
+    ) -> Any:
+        """Run the detector on preprocessed images.
+
+        Args:
+            inputs: (N, 3, H, W), normalised and padded.
+            data_samples: one an image; only 'tensor' does without.
+            mode: 'loss' gives a dict of losses, 'predict' a list with one dict an image (``img_id``,
+                ``img_path``, ``ori_shape``, ``boxes``, ``scores``, ``labels``, ``masks``; in pixels of
+                the original image, best first), 'tensor' the pyramid.
+        """
+        features = self.extract_features(inputs)
+        if mode == 'tensor':
+            return features
+        assert data_samples is not None
+        if mode == 'loss':
+            proposals, losses = self.rpn_head.loss(features, data_samples, self.train_proposal_cfg)
+            return losses | self.roi_head.loss(features, proposals, data_samples)
+        if mode == 'predict':
+            proposals = self.rpn_head.predict(features, data_samples, self.test_proposal_cfg)
+            results = self.roi_head.predict(features, proposals, data_samples)
+            return [
+                dict(img_id=s.img_id, img_path=s.img_path, ori_shape=s.ori_shape, **result)
+                for s, result in zip(data_samples, results)]
+        raise ValueError(f"mode={mode!r}: take 'loss', 'predict' or 'tensor'")

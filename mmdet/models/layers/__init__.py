@@ -1,0 +1,1 @@
+"""Parts that backbones, necks and heads are made of."""

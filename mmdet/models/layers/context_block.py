@@ -1,0 +1,118 @@
+"""The global context block (GCNet, arXiv 1904.11492, section 3.3)."""
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from torch import Tensor, nn
+
+from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
+from mmdet.ops import context_fuse, context_pool
+
+
+class ContextBlockConfig(TypedDict, total=False):
+    """``gcb`` of a backbone.
+
+    ``type``: the global context block, or what the paper compares it with. ``ratio``: channels inside,
+    as a share of those outside (1/16; NL: 1/2; SNL has no bottleneck). ``pooling_type`` and
+    ``fusion_types`` are the GC block's. ``position`` in a residual block: after the ReLU of a
+    convolution, after the norm of the last one (where nothing is said), or after the addition.
+    """
+
+    type: Literal['GC', 'NL', 'SNL', 'SE']
+    ratio: float
+    pooling_type: Literal['att', 'avg']
+    fusion_types: Sequence[Literal['channel_add', 'channel_mul']]
+    position: Literal['after_conv1', 'after_conv2', 'after_conv3', 'after_add']
+
+
+OPTIONS: dict[str, set[str]] = {
+    'GC': {'ratio', 'pooling_type', 'fusion_types'},
+    'NL': {'ratio'},
+    'SNL': set(),
+    'SE': {'ratio'},
+}
+
+
+def build_context_block(cfg: ContextBlockConfig, channels: int) -> nn.Module:
+    """The block that ``gcb`` describes, for ``channels`` channels.
+
+    Raises:
+        ValueError: an option that this type of block does not have, or a ratio that leaves no channel.
+    """
+    kind = cfg.get('type', 'GC')
+    if kind not in OPTIONS:
+        raise ValueError(f'gcb.type={kind!r} is unknown; take one of {", ".join(OPTIONS)}')
+    surplus = sorted(cfg.keys() - OPTIONS[kind] - {'type', 'position'})
+    if surplus:
+        raise ValueError(f'gcb.{surplus[0]} is no option of the type {kind}; leave it out')
+    ratio = cfg.get('ratio', 1 / 2 if kind == 'NL' else 1 / 16)
+    if int(channels * ratio) < 1:
+        raise ValueError(
+            f'gcb.ratio={ratio} leaves none of {channels} channels; take at least {1 / channels:.4g}')
+    if kind == 'NL':
+        return NonLocal(channels, ratio)
+    if kind == 'SNL':
+        return SimplifiedNonLocal(channels)
+    if kind == 'SE':
+        return SqueezeExcitation(channels, ratio)
+    fusion_types = cfg.get('fusion_types', ('channel_add',))
+    return ContextBlock(channels, ratio, cfg.get('pooling_type', 'att'), fusion_types)
+
+
+class ContextBlock(nn.Module):
+    """One context vector for the whole image, added to (or multiplied with) every position.
+
+    Context modelling: a 1x1 convolution gives each position a logit, a softmax over positions
+    weighs the sum of their features (equation 5). Transform: a bottleneck of ``ratio * channels``
+    with layer norm. Fusion: broadcast addition, and multiplication by a sigmoid gate before it if
+    ``fusion_types`` has 'channel_mul'. ``pooling_type='avg'`` weighs all positions alike.
+
+    The last convolution of the transform starts at zero: a new block changes nothing at first.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: float,
+        pooling_type: Literal['att', 'avg'] = 'att',
+        fusion_types: Sequence[Literal['channel_add', 'channel_mul']] = ('channel_add',),
+    ) -> None:
+        super().__init__()
+        planes = int(channels * ratio)
+        if pooling_type not in ('att', 'avg'):
+            raise ValueError(f"gcb.pooling_type={pooling_type!r} is unknown; take 'att' or 'avg'")
+        if not fusion_types or not set(fusion_types) <= {'channel_add', 'channel_mul'}:
+            raise ValueError(f"gcb.fusion_types={fusion_types!r}: take 'channel_add', 'channel_mul' or both")
+        self.conv_mask = nn.Conv2d(channels, 1, kernel_size=1) if pooling_type == 'att' else None
+        if self.conv_mask is not None:
+            nn.init.kaiming_normal_(self.conv_mask.weight, mode='fan_in', nonlinearity='relu')
+            nn.init.zeros_(_bias(self.conv_mask))
+        self.channel_add_conv = _transform(channels, planes) if 'channel_add' in fusion_types else None
+        self.channel_mul_conv = _transform(channels, planes) if 'channel_mul' in fusion_types else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if self.conv_mask is not None:
+            context = context_pool(x, self.conv_mask.weight.flatten(), _bias(self.conv_mask))
+        else:
+            context = x.mean(dim=(2, 3))
+        context = context[:, :, None, None]
+        scale = shift = None
+        if self.channel_mul_conv is not None:
+            scale = self.channel_mul_conv(context).sigmoid().flatten(1)
+        if self.channel_add_conv is not None:
+            shift = self.channel_add_conv(context).flatten(1)
+        return context_fuse(x, scale, shift)
+
+
+def _transform(channels: int, planes: int) -> nn.Sequential:
+    last = nn.Conv2d(planes, channels, kernel_size=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(_bias(last))
+    return nn.Sequential(
+        nn.Conv2d(channels, planes, kernel_size=1), nn.LayerNorm([planes, 1, 1]), nn.ReLU(inplace=True), last)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias

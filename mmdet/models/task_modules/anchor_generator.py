@@ -1,0 +1,61 @@
+"""Anchors on a feature pyramid (Faster R-CNN, arXiv 1506.01497, section 3.1.1)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmdet.registry import TASK_UTILS
+
+
+@TASK_UTILS.register_module()
+class AnchorGenerator:
+    """Anchors of each size and shape, centred on the top left corner of every cell.
+
+    Args:
+        strides: pixels a cell, one a level.
+        ratios: height / width.
+        scales: square root of an anchor's area, in strides.
+    """
+
+    def __init__(self, strides: Sequence[int], ratios: Sequence[float], scales: Sequence[float]) -> None:
+        self.strides = strides
+        self.ratios = ratios
+        self.scales = scales
+
+    @property
+    def num_anchors(self) -> int:
+        """Anchors a cell."""
+        return len(self.ratios) * len(self.scales)
+
+    def base_anchors(self, stride: int) -> Tensor:
+        """The anchors (A, 4) of the cell at the origin, float64, ratio-major."""
+        root = torch.tensor(self.ratios, dtype=torch.float64).sqrt()[:, None]
+        scales = torch.tensor(self.scales, dtype=torch.float64)
+        half_width = (stride / root * scales / 2).flatten()
+        half_height = (stride * root * scales / 2).flatten()
+        return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)
+
+    def grid_anchors(self, features: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Anchors (H_i * W_i * A, 4) xyxy of each level (N, C, H_i, W_i), ordered (y, x, anchor)."""
+        if len(features) != len(self.strides):
+            raise ValueError(f'anchor_generator.strides={self.strides} does not fit {len(features)} levels')
+        anchors = []
+        for stride, level in zip(self.strides, features):
+            height, width = level.shape[2:]
+            base = self.base_anchors(stride).to(level.device, dtype)
+            x = torch.arange(width, device=level.device, dtype=dtype) * stride
+            y = torch.arange(height, device=level.device, dtype=dtype) * stride
+            shift = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)] * 2, dim=-1)
+            anchors.append((shift.reshape(-1, 1, 4) + base).view(-1, 4))
+        return anchors
+
+    def valid_flags(self, features: list[Tensor], pad_shape: tuple[int, int]) -> Tensor:
+        """Which anchors (sum of H_i * W_i * A,) of a batch belong to cells of an image of ``pad_shape``."""
+        flags = []
+        for stride, level in zip(self.strides, features):
+            height, width = level.shape[2:]
+            y = torch.arange(height, device=level.device) < -(-pad_shape[0] // stride)
+            x = torch.arange(width, device=level.device) < -(-pad_shape[1] // stride)
+            flags.append((y[:, None] & x).flatten().repeat_interleave(self.num_anchors))
+        return torch.cat(flags)

@@ -1,0 +1,67 @@
+"""What ``model.train_cfg`` and ``model.test_cfg`` of a two-stage detector hold."""
+
+from typing import Any, Literal, TypedDict
+
+
+class NMSConfig(TypedDict):
+    """Of boxes that overlap by more than ``iou_threshold``, only the best scored stays."""
+
+    type: Literal['nms']
+    iou_threshold: float
+
+
+class RPNTrainConfig(TypedDict, total=False):
+    """Anchors more than ``allowed_border`` pixels outside the image are not used; -1 uses all."""
+
+    assigner: dict[str, Any]
+    sampler: dict[str, Any]
+    allowed_border: int
+
+
+class ProposalConfig(TypedDict):
+    """Which boxes of the RPN become proposals.
+
+    The best ``nms_pre`` of each level, larger than ``min_bbox_size`` pixels, compete in each level's
+    NMS; the best ``max_per_img`` of all levels stay.
+    """
+
+    nms_pre: int
+    max_per_img: int
+    nms: NMSConfig
+    min_bbox_size: float
+
+
+class RCNNTrainConfig(TypedDict, total=False):
+    """Assignment and sampling of proposals, and the side of mask targets in pixels."""
+
+    assigner: dict[str, Any]
+    sampler: dict[str, Any]
+    mask_size: int
+
+
+class RCNNTestConfig(TypedDict, total=False):
+    """Which boxes are detections.
+
+    Of those that score above ``score_thr`` and survive their class's NMS, the best ``max_per_img``
+    stay. From a probability of ``mask_thr_binary`` on, a pixel belongs to the mask.
+    """
+
+    score_thr: float
+    nms: NMSConfig
+    max_per_img: int
+    mask_thr_binary: float
+
+
+class TrainConfig(TypedDict):
+    """``model.train_cfg``."""
+
+    rpn: RPNTrainConfig
+    rpn_proposal: ProposalConfig
+    rcnn: RCNNTrainConfig | list[RCNNTrainConfig]
+
+
+class TestConfig(TypedDict):
+    """``model.test_cfg``."""
+
+    rpn: ProposalConfig
+    rcnn: RCNNTestConfig

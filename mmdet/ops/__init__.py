@@ -1,0 +1,20 @@
+"""Compiled operators: RoIAlign, NMS and global context pooling, on the CPU and on CUDA.
+
+The kernels and their schemas are C++ (`csrc/`, the extension `mmdet._C`); Python adds to each op its
+documentation, its shapes for tracing (fake kernel) and its gradient. Autocast casts nothing here: an op
+runs in the dtype of its feature map, accumulates half precision in float32, and keeps RoIs and boxes in
+float32.
+"""
+import importlib
+
+try:
+    importlib.import_module('mmdet._C')  # registers the ops
+except ImportError as error:
+    raise ImportError(f'mmdet._C cannot be loaded ({error}): run ./compile.sh to build it') from None
+
+# Modules with an underscore: `mmdet.ops.nms` is the function, whatever has been imported.
+from ._context_block import context_fuse, context_pool
+from ._nms import batched_nms, nms, soft_nms
+from ._roi_align import roi_align
+
+__all__ = ['batched_nms', 'context_fuse', 'context_pool', 'nms', 'roi_align', 'soft_nms']

@@ -1,0 +1,43 @@
+// Schemas of all ops. Kernels stand beside their TORCH_LIBRARY_IMPL blocks in cpu/ and cuda/; fake kernels and
+// autograd formulas in ../*.py.
+#include <Python.h>
+#include <torch/library.h>
+
+// Importing mmdet._C only has to load the library: its static initialisers register the ops.
+extern "C" PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
+
+static void pass_by(torch::Library& library) {
+  for (const char* op : {"roi_align", "nms", "soft_nms", "context_pool", "context_fuse"}) {
+    library.impl(op, torch::CppFunction::makeFallthrough());
+  }
+}
+
+TORCH_LIBRARY(mmdet, m) {
+  m.def(
+      "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt height, SymInt width, int sampling_ratio, "
+      "bool aligned) -> Tensor");
+  m.def(
+      "roi_align_backward(Tensor grad, Tensor rois, float spatial_scale, SymInt[] input_size, int sampling_ratio, "
+      "bool aligned) -> Tensor");
+  m.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float sigma, float min_score, str method) -> "
+      "(Tensor, Tensor)");
+  m.def("context_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  m.def("context_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor attention) -> (Tensor, Tensor)");
+  m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def("context_fuse_backward(Tensor grad, Tensor x, Tensor scale) -> (Tensor, Tensor)");
+}
+
+// Autocast passes all ops by: they take a half-precision feature map with float32 RoIs and weights as they come, and
+// accumulate in float32.
+TORCH_LIBRARY_IMPL(mmdet, AutocastCPU, m) {
+  pass_by(m);
+}
+
+TORCH_LIBRARY_IMPL(mmdet, AutocastCUDA, m) {
+  pass_by(m);
+}

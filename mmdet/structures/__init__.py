@@ -1,0 +1,1 @@
+"""Boxes and masks as plain tensors, and the container around them."""

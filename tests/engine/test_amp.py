@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from mmdet.registry import OPTIM_WRAPPERS
+
+
+def build(device: str | torch.device = 'cpu', **options):
+    layer = nn.Linear(4, 2).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    return layer, OPTIM_WRAPPERS.build(dict(type='AmpOptimWrapper', optimizer=optimizer, **options))
+
+
+def test_float16_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(ValueError, match='float16 training needs a GPU; on the CPU use bfloat16'):
+        build(dtype='float16')
+
+
+def test_unknown_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="optim_wrapper.dtype='int8': choose float16 or bfloat16"):
+        build(dtype='int8')
+
+
+def test_bfloat16_computes_in_half_and_steps_in_float32(device: torch.device) -> None:
+    layer, wrapper = build(device, dtype='bfloat16')
+    x, weight = torch.randn(8, 4, device=device), layer.weight.detach().clone()
+    with wrapper.optim_context(layer):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    wrapper.update_params(out.float().sum())
+    # d(sum)/dW is the sum of x over the batch, in every row; bfloat16 has 8 bits.
+    expected = weight - 0.1 * x.sum(0)
+    assert layer.weight.dtype == torch.float32
+    torch.testing.assert_close(
+        layer.weight.detach(), expected, rtol=0, atol=0.1 * 2**-6 * x.abs().sum(0).max().item()
+    )
+    assert not torch.equal(layer.weight, weight)
+
+
+@pytest.mark.cuda
+def test_float16_scales_the_loss() -> None:
+    _, wrapper = build('cuda')
+    assert wrapper.cast_dtype == torch.float16
+    assert wrapper.loss_scaler.get_scale() > 1
+    assert wrapper.state_dict()['loss_scaler']['scale'] > 1

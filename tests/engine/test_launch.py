@@ -1,0 +1,140 @@
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmdet.engine import launch
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    launch.add_common_arguments(parser)
+    parser.add_argument('--resume_from')
+    return launch.parse_args(parser, argv)
+
+
+def test_flags_take_dashes_and_underscores_and_values_stay() -> None:
+    args = parse(
+        '--work-dir', 'a-b', '--resume_from=c-d=e', '--local-rank', '0', '--cfg-options', 'a.b-c=x-y', 'n=2'
+    )
+    assert (args.work_dir, args.resume_from, args.local_rank) == ('a-b', 'c-d=e', 0)
+    assert args.cfg_options == {'a.b-c': 'x-y', 'n': 2}
+
+
+def test_slurm_tells_the_process_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'OMP_NUM_THREADS'):
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+    values = dict(
+        SLURM_PROCID='9',
+        SLURM_NTASKS='16',
+        SLURM_LOCALID='1',
+        SLURM_NODELIST='node[3-4]',
+        SLURM_CPUS_PER_TASK='5',
+        MASTER_ADDR='node3',
+    )
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert launch.join_processes(parse('--launcher', 'slurm'), []) == 'pytorch'
+    env = launch.os.environ
+    assert [env[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT', 'OMP_NUM_THREADS')] == [
+        '9',
+        '16',
+        '1',
+        '29500',
+        '5',
+    ]
+
+
+def test_slurm_outside_of_srun_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('SLURM_PROCID', raising=False)
+    with pytest.raises(ValueError, match="--launcher slurm: 'SLURM_PROCID' is not in the environment"):
+        launch.join_processes(parse('--launcher', 'slurm'), [])
+
+
+def test_processes_are_told_from_the_one_that_starts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NNODES'):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.join_processes(parse(), []) == 'none'
+    started = []
+    monkeypatch.setattr(launch, '_start_processes', lambda count, argv: started.append((count, argv)))
+    assert launch.join_processes(parse('--gpus', '2'), ['x']) is None
+    assert started == [(2, ['x'])]
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.setenv(name, '0')
+    assert launch.join_processes(parse('--gpus', '2'), ['x']) == 'pytorch'
+    assert started == [(2, ['x'])]
+
+
+@pytest.mark.parametrize(
+    'gpus, message', [('0', 'at least one process'), ('2', '2 processes need 2 GPUs; this machine has 1')]
+)
+def test_impossible_numbers_of_processes(monkeypatch: pytest.MonkeyPatch, gpus: str, message: str) -> None:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NNODES'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launch.torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(ValueError, match=message):
+        launch.join_processes(parse('--gpus', gpus), [])
+
+
+def status_of(main, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, 'argv', ['tool.py'])
+    with pytest.raises(SystemExit) as end:
+        launch.run_tool(main)
+    return end.value.code
+
+
+def test_expected_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from mmdet.checkpoint import load_file
+
+    assert status_of(lambda argv: load_file('/no/file.pth'), monkeypatch) == 1
+    assert capsys.readouterr().err == 'error: checkpoint /no/file.pth does not exist\n'
+
+
+def test_errors_of_others_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert status_of(lambda argv: json.loads(''), monkeypatch) == 1
+    assert 'Traceback' in capsys.readouterr().err
+    assert status_of(lambda argv: {}['x'], monkeypatch) == 1
+    assert 'KeyError' in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def stop(argv: object) -> None:
+        raise KeyboardInterrupt
+
+    assert status_of(stop, monkeypatch) == 130
+    assert capsys.readouterr().err == '\ninterrupted\n'
+
+
+def test_of_several_processes_the_first_to_fail_speaks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from mmdet.checkpoint import load_file
+
+    for rank in '01':
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / rank / 'error.json'))
+        assert status_of(lambda argv: load_file('/no/file.pth'), monkeypatch) == 1
+    assert capsys.readouterr().err.count('error: ') == 1
+
+
+def test_what_the_registry_and_the_loader_wrap_is_unwrapped() -> None:
+    from mmdet.registry import HOOKS
+
+    with pytest.raises(TypeError):
+        HOOKS.build(dict(type='DrawHook'))
+    try:
+        HOOKS.build(dict(type='CheckpointHook', interval=1, save_begin=-1))
+    except ValueError as error:
+        assert 'class `' not in (launch.expected_error(error) or '')
+    worker = FileNotFoundError(
+        'Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback (most '
+        'recent call last):\n  File "x.py", line 1\nFileNotFoundError: a/b.jpg does not exist: x\n'
+    )
+    assert launch.expected_error(worker) == 'a/b.jpg does not exist: x'

@@ -1,0 +1,140 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdet.checkpoint import load_file, save_checkpoint
+
+HERE = Path(__file__).parent
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = load_file(a), load_file(b)
+    for name, value in first['state_dict'].items():
+        assert torch.equal(value, second['state_dict'][name]), name
+    for index, state in first['optimizer']['state'].items():
+        assert torch.equal(state['momentum_buffer'], second['optimizer']['state'][index]['momentum_buffer'])
+    assert first['optimizer']['param_groups'] == second['optimizer']['param_groups']
+
+
+def test_two_and_two_epochs_are_four(toy_runner, tmp_path: Path) -> None:
+    toy_runner('four', val_cfg=None, val_dataloader=None, val_evaluator=None).train()
+    toy_runner('two', train_cfg__max_epochs=2).train()  # with evaluation, which draws nothing that matters
+    toy_runner(
+        'rest',
+        load_from=str(tmp_path / 'two' / 'epoch_2.pth'),
+        resume=True,
+        train_dataloader__num_workers=1,
+        train_dataloader__persistent_workers=True,
+    ).train()
+    assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+
+
+def test_another_seed_is_another_training(toy_runner, tmp_path: Path) -> None:
+    toy_runner('a', train_cfg__max_epochs=1).train()
+    toy_runner('b', train_cfg__max_epochs=1, randomness=dict(seed=4)).train()
+    a, b = (load_file(tmp_path / name / 'epoch_1.pth')['state_dict']['fc.weight'] for name in 'ab')
+    assert not torch.equal(a, b)
+
+
+def test_two_and_two_epochs_are_four_on_two_processes(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get('PYTHONPATH', '')])
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(HERE / 'toy_distributed.py'),
+            str(tmp_path),
+        ],
+        env=os.environ | dict(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+
+
+def test_a_resumed_schedule_goes_on_where_it_was(toy_runner, tmp_path: Path) -> None:
+    toy_runner('two', train_cfg__max_epochs=2).train()
+    runner = toy_runner('rest', load_from=str(tmp_path / 'two' / 'epoch_2.pth'), resume=True)
+    rates = []
+    runner.train()
+    for line in (Path(runner.log_dir) / 'vis_data' / 'scalars.json').read_text().splitlines():
+        values = json.loads(line)
+        if 'lr' in values:
+            rates.append((values['epoch'], round(values['lr'], 9)))
+    # 0.16 x 2 / 16, and a tenth of it after the milestone, epoch 3.
+    assert sorted(set(rates)) == [(3, 0.02), (4, 0.002)]
+
+
+def test_checkpoints_hold_plain_types(toy_runner, tmp_path: Path) -> None:
+    toy_runner(
+        train_cfg__max_epochs=1,
+        default_hooks__checkpoint=dict(type='CheckpointHook', save_best='toy/mean', rule='greater'),
+    ).train()
+    content = torch.load(tmp_path / 'work' / 'epoch_1.pth', weights_only=True)
+    assert set(content) == {'meta', 'state_dict', 'optimizer', 'message_hub'}
+    meta = content['meta']
+    assert (meta['epoch'], meta['iter'], meta['seed']) == (1, 6, 3)
+    assert meta['dataset_meta'] == dict(classes=('a', 'b'))
+    assert "type='ToyModel'" in meta['cfg']
+    assert (tmp_path / 'work' / 'last_checkpoint').read_text() == str(tmp_path / 'work' / 'epoch_1.pth')
+
+
+def test_the_learning_rate_follows_the_total_batch(toy_runner, caplog: pytest.LogCaptureFixture) -> None:
+    runner = toy_runner(train_cfg__max_epochs=1, optim_wrapper__accumulative_counts=2)
+    with caplog.at_level(logging.INFO, logger=runner.logger.name):
+        runner.logger.addHandler(caplog.handler)
+        runner.train()
+    assert 'Learning rate 0.16 x 4 / 16 = 0.04: scaled from a total batch of 16 to 4 images' in caplog.text
+    assert '--cfg-options auto_scale_lr.enable=False' in caplog.text
+    assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == 0.04
+
+    runner = toy_runner('other', train_cfg__max_epochs=1, auto_scale_lr__enable=False)
+    runner.train()
+    assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == 0.16
+
+
+def test_weights_alone_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
+    runner = toy_runner('a')
+    save_checkpoint(dict(state_dict=runner.model.state_dict()), tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='holds weights only, no state of a training'):
+        toy_runner('b', load_from=str(tmp_path / 'weights.pth'), resume=True).train()
+
+
+def test_a_finished_training_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
+    toy_runner('a', train_cfg__max_epochs=1).train()
+    with pytest.raises(
+        ValueError, match='is at epoch 1 of 1, nothing is left to train: raise train_cfg.max_epochs'
+    ):
+        toy_runner(
+            'b', train_cfg__max_epochs=1, load_from=str(tmp_path / 'a/epoch_1.pth'), resume=True
+        ).train()
+
+
+def test_a_checkpoint_of_another_model_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
+    save_checkpoint(
+        dict(meta=dict(epoch=1, iter=6), optimizer={}, state_dict={'fc.bias': torch.zeros(1)}),
+        tmp_path / 'other.pth',
+    )
+    with pytest.raises(ValueError, match='does not fit the model: 8 of 9 names missing'):
+        toy_runner('b', load_from=str(tmp_path / 'other.pth'), resume=True).train()
+
+
+def test_the_log_is_json_lines_and_tensorboard(toy_runner, tmp_path: Path) -> None:
+    runner = toy_runner(train_cfg__max_epochs=1)
+    runner.train()
+    folder = Path(runner.log_dir) / 'vis_data'
+    lines = [json.loads(line) for line in (folder / 'scalars.json').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'loss_toy' in line] == [2, 4, 6]
+    assert 'toy/mean' in lines[-1]
+    assert list(folder.glob('events.out.tfevents.*'))

@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from mmdet.models.roi_heads.roi_extractor import SingleRoIExtractor
+
+STRIDES = [4, 8, 16, 32]
+
+
+def make(sampling_ratio: int = 0, **options: int) -> SingleRoIExtractor:
+    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=sampling_ratio)
+    return SingleRoIExtractor(layer, out_channels=3, featmap_strides=STRIDES, **options)
+
+
+def square(side: float) -> Tensor:
+    return torch.tensor([[0, 5, 5, 5 + side, 5 + side]])
+
+
+@pytest.mark.parametrize('side, level', [
+    (0, 0), (1, 0), (55, 0), (111.9, 0), (112, 1), (223.9, 1), (224, 2), (447.9, 2), (448, 3), (2000, 3)])
+def test_levels_by_size(side: float, level: int) -> None:
+    assert make().assign_levels(square(side)).tolist() == [level]
+    # The area counts, not the longer side.
+    assert make().assign_levels(torch.tensor([[0, 0, 0, side * 2, side / 2]])).tolist() == [level]
+
+
+def test_finest_scale() -> None:
+    found = make(finest_scale=16).assign_levels(torch.cat([square(s) for s in (31.9, 32, 64, 128)]))
+    assert found.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+def test_each_roi_is_torchvisions_on_its_level(sampling_ratio: int) -> None:
+    features = [torch.randn(2, 3, 256 // s, 320 // s).double().requires_grad_() for s in STRIDES]
+    corner = torch.rand(30, 2, dtype=torch.float64) * 150
+    size = 2 ** (torch.rand(30, 2, dtype=torch.float64) * 6 + 3)
+    rois = torch.cat([torch.randint(0, 2, (30, 1)), corner, corner + size], dim=1)
+    extractor = make(sampling_ratio, finest_scale=16)
+    found = extractor(features, rois)
+    expected = []
+    for roi in rois:
+        scale = ((roi[3] - roi[1]) * (roi[4] - roi[2])).item() ** 0.5
+        level = sum(scale >= bound for bound in (32, 64, 128))
+        expected.append(torchvision.ops.roi_align(
+            features[level], roi[None], 7, 1 / STRIDES[level], sampling_ratio, aligned=True))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-12)
+    weight = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, features, weight),
+        torch.autograd.grad(torch.cat(expected), features, weight), rtol=0, atol=1e-12)
+
+
+def test_levels_without_rois_have_a_gradient() -> None:
+    features = [torch.randn(1, 3, 64 // s * 4, 64 // s * 4, requires_grad=True) for s in STRIDES]
+    out = make()(features, torch.zeros(0, 5))
+    assert out.shape == (0, 3, 7, 7)
+    out.sum().backward()
+    assert all(f.grad is not None and (f.grad == 0).all() for f in features)

@@ -1,0 +1,198 @@
+"""Context pooling and fusion against eager PyTorch in float64."""
+import pytest
+import torch
+from torch import Tensor
+
+from mmdet.ops import context_fuse, context_pool
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def eager_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    logits = torch.nn.functional.conv2d(x, weight[None, :, None, None], bias)
+    return torch.matmul(x.flatten(2), logits.flatten(2).softmax(2).transpose(1, 2))[..., 0]
+
+
+def eager_fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    x = x if scale is None else x * scale[:, :, None, None]
+    return x + 0 if shift is None else x + shift[:, :, None, None]
+
+
+def assert_same(op, eager, args: list[Tensor | None], tolerance: float) -> None:
+    """Outputs and all gradients, within `tolerance` of the float64 reference's deviation and value."""
+    ours = [None if arg is None else arg.detach().requires_grad_() for arg in args]
+    theirs = [None if arg is None else arg.detach().cpu().double().requires_grad_() for arg in args]
+    output, expected = op(*ours), eager(*theirs)
+    grad = torch.randn(output.shape).to(output)
+    output.backward(grad)
+    expected.backward(grad.cpu().double())
+    pairs = [(output, expected)] + [(a.grad, b.grad) for a, b in zip(ours, theirs) if a is not None]
+    assert output.dtype == args[0].dtype
+    for ours_part, theirs_part in pairs:
+        theirs_part = theirs_part.detach()
+        deviation = theirs_part.std() if theirs_part.numel() > 1 else theirs_part.abs()
+        error = (ours_part.detach().cpu().double() - theirs_part).abs()
+        assert (error <= tolerance * (deviation + theirs_part.abs()) + 1e-12).all()
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    return {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', [(2, 64, 25, 42), (1, 3, 1, 1), (3, 130, 7, 5), (2, 17, 33, 65)])
+def test_pool_equals_eager(device, dtype, shape):
+    x = torch.randn(shape).to(device, dtype)
+    weight = torch.randn(shape[1]).to(device, dtype) / shape[1]**0.5
+    bias = torch.randn(1).to(device, dtype)
+    # All but the bias, whose gradient is zero but for rounding.
+    assert_same(
+        lambda x, w: context_pool(x, w, bias), lambda x, w: eager_pool(x, w, bias.cpu().double()),
+        [x, weight], tolerance_of(dtype))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('scaled, shifted', [(True, True), (True, False), (False, True), (False, False)])
+def test_fuse_equals_eager(device, dtype, scaled, shifted):
+    x = torch.randn(2, 17, 33, 65).to(device, dtype)
+    scale, shift = torch.randn(2, 2, 17).to(device, dtype)
+    assert_same(
+        context_fuse, eager_fuse, [x, scale if scaled else None, shift if shifted else None],
+        tolerance_of(dtype))
+
+
+@pytest.mark.parametrize('offset', [0.0, 1e4])
+def test_pool_stays_accurate(device, offset):
+    """Sums over many positions and channels, logits too large for exp."""
+    x = torch.randn(1, 1024, 40, 60).to(device)
+    weight, bias = torch.randn(1024).to(device) / 16, torch.full((1,), offset, device=device)
+    reference = eager_pool(x.cpu().double(), weight.cpu().double(), bias.cpu().double())
+    error = (context_pool(x, weight, bias).cpu().double() - reference).abs().max()
+    assert error < (1e-5 if offset == 0 else 2e-3) * reference.std()
+
+
+def test_bias_has_no_gradient(device):
+    args = [part.double().to(device).requires_grad_() for part in (
+        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1))]
+    context_pool(*args).square().sum().backward()
+    assert args[2].grad.tolist() == [0]
+
+
+def test_gradcheck(device):
+    x, weight, bias, scale, shift = (part.double().to(device).requires_grad_() for part in (
+        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3)))
+    torch.autograd.gradcheck(context_pool, (x, weight, bias))
+    torch.autograd.gradcheck(context_fuse, (x, scale, shift))
+    torch.autograd.gradcheck(lambda x, scale: context_fuse(x, scale, None), (x, scale))
+    torch.autograd.gradcheck(lambda x, shift: context_fuse(x, None, shift), (x, shift))
+
+
+@pytest.mark.parametrize('needed', range(3))
+def test_gradient_of_one_input_alone(device, needed):
+    for op, args in (
+            (context_pool, [torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1)]),
+            (context_fuse, [torch.randn(2, 3, 4, 5), torch.randn(2, 3), torch.randn(2, 3)])):
+        args = [arg.to(device) for arg in args]
+        everything = [arg.clone().requires_grad_() for arg in args]
+        args[needed].requires_grad_()
+        op(*args).square().sum().backward()
+        op(*everything).square().sum().backward()
+        assert torch.equal(args[needed].grad, everything[needed].grad)
+
+
+@pytest.mark.parametrize('layout', ['channels_last', 'slice', 'transposed', 'expanded'])
+def test_strides(device, layout):
+    x = torch.randn(2, 6, 20, 30, device=device)
+    strided = {
+        'channels_last': x.contiguous(memory_format=torch.channels_last),
+        'slice': torch.randn(2, 9, 25, 33, device=device)[:, 1:7, 2:22, 3:],
+        'transposed': torch.randn(2, 6, 30, 20, device=device).transpose(2, 3),
+        'expanded': torch.randn(2, 1, 20, 30, device=device).expand(2, 6, 20, 30),
+    }[layout]
+    weight, scale = torch.randn(12, device=device)[::2], torch.randn(6, 2, device=device).t()
+    assert not strided.is_contiguous() and not weight.is_contiguous() and not scale.is_contiguous()
+    bias = torch.randn(1, device=device)
+    assert_same(lambda x, w: context_pool(x, w, bias),
+                lambda x, w: eager_pool(x, w, bias.cpu().double()), [strided, weight], 1e-5)
+    assert_same(context_fuse, eager_fuse, [strided, scale, scale], 1e-5)
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 3, 0, 5), (2, 0, 4, 5)])
+def test_empty(device, shape):
+    n, c = shape[:2]
+    x = torch.randn(shape, device=device, requires_grad=True)
+    weight, scale = (torch.randn(size, device=device, requires_grad=True) for size in ((c,), (n, c)))
+    pooled = context_pool(x, weight, torch.zeros(1, device=device))
+    assert pooled.shape == (n, c) and pooled.count_nonzero() == 0
+    (pooled.sum() + context_fuse(x, scale, scale).sum()).backward()
+    assert x.grad.shape == shape and weight.grad.count_nonzero() == 0 and scale.grad.count_nonzero() == 0
+
+
+def test_float32_parameters_of_a_half_precision_map(device):
+    """Under autocast the map is half precision and the parameters are not: nothing rounds them."""
+    x, bias = torch.randn(2, 8, 9, 9, device=device).bfloat16(), torch.randn(1, device=device)
+    weight, scale = (torch.randn(size, device=device, requires_grad=True) for size in ((8,), (2, 8)))
+    pooled_expected = context_pool(x.float(), weight, bias)
+    fused_expected = context_fuse(x.float(), scale, scale)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        pooled, fused = context_pool(x, weight, bias), context_fuse(x, scale, scale)
+        assert context_pool(x.float(), weight, bias).dtype == torch.float32
+    assert pooled.dtype == fused.dtype == torch.bfloat16
+    torch.testing.assert_close(pooled, pooled_expected.bfloat16())
+    torch.testing.assert_close(fused, fused_expected.bfloat16())
+    (pooled.sum() + fused.sum()).backward()
+    assert weight.grad.dtype == scale.grad.dtype == torch.float32
+
+
+def test_errors(device):
+    x, weight, bias, scale = (
+        torch.randn(size, device=device) for size in ((2, 3, 4, 5), (3,), (1,), (2, 3)))
+    for call, error, message in [
+            (lambda: context_pool(x[0], weight, bias), ValueError, r'x must be \(N, C, H, W\), got'),
+            (lambda: context_pool(x, weight[:2], bias), ValueError, r'weight must be \[3\], got \[2\]'),
+            (lambda: context_pool(x, weight, weight), ValueError, r'bias must be \[1\], got \[3\]'),
+            (lambda: context_pool(x.int(), weight, bias), TypeError, 'x must be floating point, got Int'),
+            (lambda: context_fuse(x, scale[:1], None), ValueError, r'scale must be \[2, 3\], got \[1, 3\]'),
+            (lambda: context_fuse(x, None, scale.int()), TypeError, 'shift must be floating point, got Int')]:
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('requires_grad', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_opcheck(device, dtype, requires_grad):
+    x, weight, bias, scale = (part.to(device, dtype).requires_grad_(requires_grad) for part in (
+        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3)))
+    ops = torch.ops.mmdet
+    torch.library.opcheck(ops.context_pool.default, (x, weight, bias))
+    for args in ((x, scale, scale), (x, scale, None), (x, None, scale)):
+        torch.library.opcheck(ops.context_fuse.default, args)
+    x, weight, scale = x.detach(), weight.detach(), scale.detach()
+    attention = ops.context_pool(x, weight, bias)[1].detach()
+    torch.library.opcheck(ops.context_pool_backward.default, (scale, x, weight, attention))
+    torch.library.opcheck(ops.context_fuse_backward.default, (x, x, scale))
+
+
+def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    context = context_pool(x, weight, bias)
+    return context_fuse(x, context.sigmoid(), context.relu())
+
+
+def test_compile_and_export(device):
+    class Block(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return block(x, weight, bias)
+
+    args = [part.to(device) for part in (torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1))]
+    eager, traced = ([part.clone().requires_grad_() for part in args] for _ in range(2))
+    expected = block(*eager)
+    output = torch.compile(block, fullgraph=True, backend='aot_eager')(*traced)
+    torch.testing.assert_close(output, expected)
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    for ours, theirs in zip(traced, eager):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    program = torch.export.export(Block(), tuple(args))
+    assert 'mmdet.context_pool' in str(program.graph)
+    torch.testing.assert_close(program.module()(*args), expected)

@@ -1,0 +1,223 @@
+"""RoIAlign against torchvision's CPU kernel and against grid_sample."""
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from mmdet.ops import roi_align
+
+SCALE = 1 / 8
+OPTIONS = [(ratio, aligned) for ratio in (0, 1, 2) for aligned in (True, False)]
+
+
+def make_rois(count: int = 40) -> Tensor:
+    """RoIs on two images of 240 x 160 pixels: inside, across the border, outside, thin, empty, inverted."""
+    corners = torch.rand(count, 2, 2) * torch.tensor([300.0, 220.0]) - 30
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    special = torch.tensor([
+        [0.0, 0, 240, 160], [10, 10, 10, 10], [10, 10, 10.5, 150], [50, 60, 20, 30], [-90, -90, -20, -20],
+        [500, 500, 600, 600], [-400, -300, 900, 800], [7.5, 7.5, 15.5, 15.5]])
+    boxes = torch.cat([boxes, special])
+    return torch.cat([torch.arange(len(boxes))[:, None] % 2, boxes], 1)
+
+
+def both(
+        x: Tensor, rois: Tensor, output_size: tuple[int, int], ratio: int, aligned: bool
+) -> list[list[Tensor]]:
+    """Output and input gradient of ours on x's device and of torchvision on the CPU in x's compute dtype."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grad = torch.randn(len(rois), x.shape[1], *output_size).to(x)
+    results = []
+    for op, device, dtype in (
+            (roi_align, x.device, x.dtype), (torchvision.ops.roi_align, torch.device('cpu'), compute)):
+        leaf = x.detach().to(device, dtype).requires_grad_()
+        boxes = rois.to(device, compute)
+        output = op(leaf, boxes, output_size, SCALE, ratio, aligned)
+        output.backward(grad.to(output))
+        results.append([output.detach(), leaf.grad])
+    return results
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('ratio, aligned', OPTIONS)
+def test_equals_torchvision(device, dtype, ratio, aligned):
+    x = torch.randn(2, 5, 20, 30).to(device, dtype)
+    ours, theirs = both(x, make_rois(), (7, 5), ratio, aligned)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    for ours_part, theirs_part in zip(ours, theirs):
+        assert ours_part.dtype == dtype
+        torch.testing.assert_close(
+            ours_part.cpu().to(theirs_part), theirs_part, rtol=tolerance,
+            atol=tolerance * theirs_part.abs().max().item())
+
+
+def test_equals_grid_sample(device):
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64, device=device)
+    box = torch.tensor([16.0, 24, 72, 80], dtype=torch.float64)  # 7 x 7 cells, inside
+    rois = torch.cat([torch.zeros(1), box])[None].to(device)
+    cells = box[:2, None] * SCALE + (torch.arange(14) + 0.5) / 2  # two points a bin, in cells
+    grid = torch.stack(torch.meshgrid(cells[0], cells[1], indexing='xy'), -1)[None].to(device) / 16 * 2 - 1
+    expected = F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), 2)
+    torch.testing.assert_close(roi_align(x, rois, 7, SCALE, 2), expected)
+
+
+@pytest.mark.parametrize('ratio, aligned', OPTIONS)
+def test_gradcheck(device, ratio, aligned):
+    x = torch.randn(2, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 3.3, 5.1, 40, 38], [1, -9, 2, 80, 21], [0, 9, 9, 12, 10.5]]).to(x)
+    torch.autograd.gradcheck(
+        lambda x: roi_align(x, rois, (2, 3), SCALE, ratio, aligned), x, nondet_tol=1e-12, fast_mode=False)
+
+
+def test_large_sparse_roi(device):
+    """A RoI far wider than its samples takes the path that gathers columns."""
+    x = torch.randn(1, 2, 8, 200).to(device)
+    ours, theirs = both(x, torch.tensor([[0.0, 5, 3, 1500, 60]]), (2, 3), 1, True)
+    for ours_part, theirs_part in zip(ours, theirs):
+        torch.testing.assert_close(ours_part.cpu(), theirs_part)
+
+
+@pytest.mark.parametrize('layout', ['channels_last', 'slice', 'transposed', 'expanded'])
+def test_strides(device, layout):
+    x = torch.randn(2, 6, 20, 30, device=device)
+    strided = {
+        'channels_last': x.contiguous(memory_format=torch.channels_last),
+        'slice': torch.randn(2, 9, 25, 33, device=device)[:, 1:7, 2:22, 3:],
+        'transposed': torch.randn(2, 6, 30, 20, device=device).transpose(2, 3),
+        'expanded': torch.randn(2, 1, 20, 30, device=device).expand(2, 6, 20, 30),
+    }[layout]
+    assert not strided.is_contiguous()
+    rois = make_rois().to(device)
+    plain = strided.clone(memory_format=torch.contiguous_format).requires_grad_()
+    other = strided.requires_grad_()
+    expected = roi_align(plain, rois, 7, SCALE)
+    output = roi_align(other, rois.t().contiguous().t(), 7, SCALE)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    torch.testing.assert_close(other.grad, plain.grad)
+
+
+def test_gradient_that_is_a_view(device):
+    """sum() sends an expanded gradient of strides zero."""
+    plain = torch.randn(2, 3, 20, 30, device=device, requires_grad=True)
+    rois = make_rois().to(device)
+    roi_align(plain, rois, 7, SCALE).sum().backward()
+    grad, plain.grad = plain.grad, None
+    output = roi_align(plain, rois, 7, SCALE)
+    output.backward(torch.ones_like(output))
+    torch.testing.assert_close(grad, plain.grad)
+
+
+def test_nothing_to_pool(device):
+    x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
+    output = roi_align(x, torch.zeros(0, 5, device=device), (7, 5), SCALE)
+    assert output.shape == (0, 3, 7, 5)
+    output.sum().backward()
+    assert x.grad.count_nonzero() == 0 and x.grad.shape == x.shape
+
+    rois = torch.tensor([[0.0, 0, 0, 9, 9]], device=device)
+    for shape in ((1, 3, 0, 8), (1, 3, 8, 0), (1, 0, 8, 8)):
+        empty = torch.randn(shape, device=device, requires_grad=True)
+        output = roi_align(empty, rois, 2, SCALE)
+        assert output.shape == (1, shape[1], 2, 2) and output.count_nonzero() == 0
+        output.sum().backward()
+        assert empty.grad.shape == shape
+
+
+@pytest.mark.parametrize('ratio', [0, 2])
+def test_coordinates_of_a_diverged_network(device, ratio):
+    """NaN and infinite coordinates pool zeros, reach no memory outside, and leave other RoIs alone."""
+    nan, inf = float('nan'), float('inf')
+    x = torch.randn(1, 2, 8, 8, device=device)
+    good = [0.0, 8, 8, 40, 40]
+    bad = [[0.0, nan, 0, 9, 9], [0, 0, 0, nan, nan], [0, -inf, -inf, inf, inf], [0, 3e37, 3e37, 3e38, 3e38]]
+    output = roi_align(x, torch.tensor([*bad, good], device=device), 2, SCALE, ratio)
+    assert output[:-1].count_nonzero() == 0
+    alone = roi_align(x, torch.tensor([good], device=device), 2, SCALE, ratio)
+    torch.testing.assert_close(output[-1:], alone)
+
+
+def test_cpu_gradient_does_not_depend_on_threads():
+    rois, grads = make_rois(300), []
+    x, weight = torch.randn(2, 16, 20, 30), torch.randn(len(rois), 16, 7, 7)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        (roi_align(leaf, rois, 7, SCALE) * weight).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_errors(device):
+    x, rois = torch.randn(1, 2, 8, 8, device=device), torch.zeros(3, 5, device=device)
+    for args, error, message in [
+            ((x[0], rois, 7, 1.0), ValueError, r'input must be \(N, C, H, W\), got \[2, 8, 8\]'),
+            ((x, rois[:, :4], 7, 1.0), ValueError, r'rois must be \(K, 5\) .*, got \[3, 4\]'),
+            ((x, rois, 0, 1.0), ValueError, 'output size must be positive, got 0 x 0'),
+            ((x, rois, 7, 1.0, -1), ValueError, 'sampling_ratio must not be negative, got -1'),
+            ((x.int(), rois, 7, 1.0), TypeError, 'input must be floating point, got Int'),
+            ((x, rois.int(), 7, 1.0), TypeError, 'rois must be floating point, got Int')]:
+        with pytest.raises(error, match=message) as caught:
+            roi_align(*args)
+        assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('image', [-1.0, 2.0, float('nan')])
+def test_image_outside_the_batch(image):
+    rois = torch.tensor([[0.0, 0, 0, 9, 9], [image, 0, 0, 9, 9]])
+    with pytest.raises(IndexError, match=r'rois\[1\] names image .* of a batch of 2'):
+        roi_align(torch.randn(2, 2, 8, 8), rois, 7, SCALE)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('requires_grad', [False, True])
+def test_opcheck(device, dtype, requires_grad):
+    x = torch.randn(2, 3, 8, 9, device=device).to(dtype).requires_grad_(requires_grad)
+    # A tie-free sum order is not guaranteed by atomics: compare with the tolerance of the dtype.
+    close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    rois = make_rois(4)[:4].to(device)
+    torch.library.opcheck(torch.ops.mmdet.roi_align.default, (x, rois, SCALE, 3, 2, 0, True), **close)
+    grad = torch.randn(4, 3, 3, 2, device=device).to(dtype)
+    torch.library.opcheck(
+        torch.ops.mmdet.roi_align_backward.default, (grad, rois, SCALE, list(x.shape), 2, True), **close)
+
+
+def test_autocast_keeps_coordinates(device):
+    """A bfloat16 coordinate near 1,000 would be off by up to two pixels."""
+    features = torch.randn(1, 4, 20, 160, device=device).bfloat16()
+    rois = torch.tensor([[0, 1001.3, 17.7, 1130.9, 100.1]], device=device)
+    expected = roi_align(features.float(), rois, 7, SCALE)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = roi_align(features, rois, 7, SCALE)
+        assert roi_align(features.float(), rois, 7, SCALE).dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected.bfloat16())
+
+
+def pool_and_square(x: Tensor, rois: Tensor) -> Tensor:
+    return roi_align(x, rois, 3, SCALE, aligned=False).square()
+
+
+def test_compile(device):
+    x, rois = torch.randn(2, 3, 20, 30, device=device), make_rois().to(device)
+    eager, traced = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled = torch.compile(pool_and_square, fullgraph=True, backend='aot_eager', dynamic=True)
+    for count in (4, 9):
+        expected, output = pool_and_square(eager, rois[:count]), compiled(traced, rois[:count])
+        torch.testing.assert_close(output, expected)
+        expected.sum().backward()
+        output.sum().backward()
+    torch.testing.assert_close(traced.grad, eager.grad)
+
+
+def test_export(device):
+    class Pool(torch.nn.Module):
+        def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+            return pool_and_square(x, rois)
+
+    x, rois = torch.randn(2, 3, 20, 30, device=device), make_rois().to(device)
+    program = torch.export.export(Pool(), (x, rois), dynamic_shapes=(None, {0: torch.export.Dim('rois')}))
+    assert 'mmdet.roi_align' in str(program.graph)
+    torch.testing.assert_close(program.module()(x, rois[:5]), pool_and_square(x, rois[:5]))

@@ -1,0 +1,18 @@
+import torch
+
+from mmdet.structures.data_sample import DataSample
+
+
+def test_a_moved_sample_is_a_copy() -> None:
+    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4))
+    moved = sample.to(torch.device('meta'))
+    assert moved.boxes.device.type == moved.labels.device.type == moved.ignored_boxes.device.type == 'meta'
+    assert moved.masks is None and moved.img_shape == (8, 12)
+    assert sample.boxes.device.type == 'cpu'
+
+
+def test_a_sample_without_objects_has_empty_tensors_of_its_own() -> None:
+    a, b = (DataSample(img_id=i, img_path='', ori_shape=(1, 1), img_shape=(1, 1)) for i in range(2))
+    assert a.boxes.shape == a.ignored_boxes.shape == (0, 4)
+    assert a.labels.shape == (0,) and a.labels.dtype == torch.int64
+    assert a.boxes is not b.boxes

@@ -1,0 +1,153 @@
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r50_fpn_1x.py'
+GCB = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
+
+sys.path.insert(0, str(ROOT / 'tools'))  # as for a script: its neighbours are modules
+tool = importlib.import_module('compare_reference')
+sys.path.remove(str(ROOT / 'tools'))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command's exit code."""
+    def run_tool(*words: object) -> int:
+        monkeypatch.setattr(sys, 'argv', ['compare_reference.py', *map(str, words)])
+        return tool.main()
+    return run_tool
+
+
+@pytest.mark.shared('reference')
+@pytest.mark.parametrize('config, reference', [
+    (PLAIN, 'plain_r50_f32'), (GCB, 'gcb_r4_r50_f64'),
+    pytest.param(PLAIN, 'plain_r50_f64', marks=pytest.mark.slow),
+    pytest.param(GCB, 'gcb_r4_r50_f32', marks=pytest.mark.slow)], ids=lambda value: Path(value).stem)
+def test_everything_agrees_with_mmdetection(config: Path, reference: str, shared_dir: Path) -> None:
+    found = tool.compare(str(config), shared_dir / 'reference' / f'{reference}.json')
+    # Maps, heads, detections, losses and gradients: none may be left out.
+    assert len(found.rows) > 45 and found.failed == [], found.table()
+
+
+@pytest.fixture
+def small_reference(shared_dir: Path, tmp_path: Path) -> Path:
+    """The plain reference with images of a quarter: quick, but for numbers that depend on the images."""
+    folder = shared_dir / 'reference'
+    for name in ('fill.py', 'plain_r50_f32.json', 'plain_r50_f32.npz'):
+        shutil.copy(folder / name, tmp_path / name)
+    arrays = dict(np.load(folder / 'inputs.npz'))
+    for i in range(2):
+        height, width = (side // 4 for side in arrays[f'img_{i}'].shape[:2])
+        masks = np.unpackbits(arrays[f'masks_packed_{i}'])[:arrays[f'masks_shape_{i}'].prod()]
+        masks = masks.reshape(arrays[f'masks_shape_{i}'])[:, :height, :width]
+        arrays |= {f'img_{i}': arrays[f'img_{i}'][:height, :width], f'masks_packed_{i}': np.packbits(masks),
+                   f'masks_shape_{i}': np.array(masks.shape)}
+    np.savez(tmp_path / 'inputs.npz', **arrays)
+    return tmp_path / 'plain_r50_f32.json'
+
+
+@pytest.mark.shared('reference')
+def test_another_setting_fails(
+        run: Callable, shared_dir: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tool, 'compare_training', lambda *args: None)  # which takes most of the time
+    options = ['model.test_cfg.rpn.nms.iou_threshold=0.6']
+    assert run(PLAIN, shared_dir / 'reference' / 'plain_r50_f32.json', '--cfg-options', *options) == 1
+    out = capsys.readouterr().out
+    assert '| DIFFERS |' in out and '| ok      |' in out
+    last = out.strip().splitlines()[-1]
+    assert 'comparisons differ' in last and 'proposals of image 0: boxes' in last and 'backbone' not in last
+
+
+@pytest.mark.slow
+@pytest.mark.shared('reference')
+def test_other_training_settings_fail(
+        run: Callable, shared_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ['model.backbone.frozen_stages=2', 'model.train_cfg.rpn.assigner.pos_iou_thr=0.6']
+    assert run(PLAIN, shared_dir / 'reference' / 'plain_r50_f32.json', '--cfg-options', *options) == 1
+    out = capsys.readouterr().out
+    assert '| DIFFERS |' in out and '| ok      |' in out
+    last = out.strip().splitlines()[-1]
+    assert 'comparisons differ' in last and 'names of frozen parameters' in last and 'loss_rpn_cls' in last
+    assert 'loss_mask' not in last and 'proposals' not in last
+
+
+@pytest.mark.shared('reference')
+def test_other_images_are_another_reference(
+        run: Callable, small_reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PLAIN, small_reference) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: a tensor has the shape [2, 3, ') and error.count('\n') == 1
+    assert 'is the reference of another config?' in error
+
+
+@pytest.mark.shared('reference')
+def test_wrong_config(run: Callable, shared_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    r18 = ROOT / 'configs' / 'quickstart' / 'mask_rcnn_r4_gcb_c3-c5_r18_fpn_synthetic.py'
+    assert run(r18, shared_dir / 'reference' / 'plain_r50_f32.json') == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1 and 'another config' in error
+
+
+@pytest.mark.shared('reference')
+def test_missing_and_wrong_files(
+        run: Callable, shared_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / 'other.json'
+    other.write_text(json.dumps(dict(a=1)))
+    broken = tmp_path / 'broken.json'
+    broken.write_text('{"a": ')
+    reference = shared_dir / 'reference' / 'plain_r50_f32.json'
+    for config, recorded, part in (
+            (PLAIN, tmp_path / 'none.json', 'none.json'), (PLAIN, tmp_path, str(tmp_path)),
+            (PLAIN, other, 'other.json: not a reference file'),
+            (PLAIN, broken, 'broken.json: not a JSON file'),
+            (tmp_path / 'none.py', reference, 'none.py: no such config file')):
+        assert run(config, recorded) == 1
+        error = capsys.readouterr().err
+        assert error.startswith('error: ') and part in error and error.count('\n') == 1
+
+
+def test_a_nan_is_a_difference() -> None:
+    found = tool.Comparison()
+    found.add('a', float('nan'), 1.0)
+    found.add('b', 1.0, 1.0)
+    assert found.failed == ['a']
+
+
+def test_one_pixel_of_a_mask_may_fall_either_way() -> None:
+    masks = np.zeros((6, 8, 3), np.uint8)
+    masks[1:4, 1:4] = 1
+    masks[1, 1, 1] = 0
+    masks[1, 1:3, 2] = 0
+    whole, one, two = coco_mask.encode(np.asfortranarray(masks))
+    assert tool.mask_iou(one, whole['counts'].decode()) == 1
+    assert tool.mask_iou(two, whole['counts'].decode()) == pytest.approx(7 / 9)
+
+
+def test_only_an_overlapping_box_of_the_same_score_excuses_a_proposal() -> None:
+    found = tool.Proposals(torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([0.9]))
+    boxes = np.array([[0, 0, 10, 8], [0, 0, 10, 6], [0, 0, 10, 8]], np.float32)  # overlaps 0.8, 0.6, 0.8
+    scores = np.array([0.9, 0.9, 0.89], np.float32)
+    assert tool.exchanged(found, boxes, scores, 0.7).tolist() == [True, False, False]
+
+
+def test_the_worst_error() -> None:
+    assert tool.worst_of('norms', dict(a=1.0, b=3.0, c=2.0)) == ('norms (worst: b)', 3.0)
+    what, error = tool.worst_of('norms', dict(a=1.0, b=float('nan'), c=2.0))
+    assert what == 'norms (worst: b)' and np.isnan(error)
+
+
+def test_running_statistics_are_sum_norm_and_first_values() -> None:
+    buffer = torch.tensor([3.0, 4.0])
+    assert tool.buffer_error(buffer, [7.0, 5.0, 3.0, 4.0]) == 0
+    assert tool.buffer_error(buffer, [7.0, 5.0, 3.0, 4.5]) == pytest.approx(0.1)

@@ -1,0 +1,157 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdet.checkpoint import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / 'tests' / 'engine' / 'toy_config.py'
+ON_CPU = dict(CUDA_VISIBLE_DEVICES='')
+
+
+def test_two_processes_train_validate_and_resume(run_toy, tmp_path: Path) -> None:
+    options = ('--validate', '2', '--work-dir', 'w', '--cfg-options', 'train_dataloader.num_workers=1')
+    done = run_toy('tools/dist_train.sh', TOY, 2, '--seed', 5, *options, 'train_cfg.max_epochs=2', **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    threads = max(len(os.sched_getaffinity(0)) // 2, 1)
+    assert f'work_dir: {tmp_path}/w, seed: 5, processes: 2, threads: {threads} a process' in done.stdout
+    assert done.stdout.count('malloc keeps memory') == 1
+    assert 'Learning rate 0.16 x 4 / 16 = 0.04' in done.stdout
+    assert 'eta: ' in done.stdout and 'loss_toy: ' in done.stdout
+    assert done.stdout.count('toy/mean: ') == 1
+    assert (tmp_path / 'w' / 'toy_config.py').is_file()
+
+    done = run_toy('tools/train.py', TOY, '--gpus', 2, '--resume_from', 'auto', *options, **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert 'seed: 5 (of the checkpoint)' in done.stdout
+    assert (
+        f'Resumed from {tmp_path}/w/epoch_2.pth' in done.stdout or 'Resumed from w/epoch_2.pth' in done.stdout
+    )
+    assert load_file(tmp_path / 'w' / 'epoch_4.pth')['meta']['seed'] == 5
+
+
+def test_no_evaluation_without_validate_and_a_default_work_dir(run_toy, tmp_path: Path) -> None:
+    done = run_toy('tools/train.py', TOY, '--amp', '--cfg-options', 'train_cfg.max_epochs=1', **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert 'Epoch(val)' not in done.stdout
+    assert (tmp_path / 'work_dirs' / 'toy_config' / 'epoch_1.pth').is_file()
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['toy_confg.py'], 'error: toy_confg.py: no such config file'),
+        ([TOY, '--resume_from', 'no.pth'], 'error: checkpoint no.pth does not exist'),
+        ([TOY, '--amp', 'fp16'], 'error: float16 training needs a GPU; on the CPU use bfloat16 (--amp bf16)'),
+        (
+            [TOY, '--cfg_options', 'model.nan_from=7'],
+            'error: the loss is not finite at epoch 2, iteration 2 (loss nan',
+        ),
+        (
+            [TOY, '--cfg-options', 'train_dataloader.dataset.missing=3', 'train_dataloader.num_workers=1'],
+            'error: image 3 does not exist',
+        ),
+    ],
+)
+def test_errors_are_one_line(run_toy, arguments: list, message: str) -> None:
+    done = run_toy('tools/train.py', *arguments, **ON_CPU)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert 'Traceback' not in done.stdout
+
+
+def test_an_error_of_several_processes_is_said_once(run_toy) -> None:
+    done = run_toy('tools/dist_train.sh', TOY, 2, '--resume-from', 'no.pth', **ON_CPU)
+    assert done.returncode == 1
+    assert done.stderr == 'error: checkpoint no.pth does not exist\n'
+
+
+def test_a_killed_process_ends_the_job(run_toy) -> None:
+    done = run_toy('tools/dist_train.sh', TOY, 2, TOY_KILL_RANK='1', **ON_CPU)
+    assert done.returncode != 0
+    assert 'error: process 1 was ended by signal 9 (out of memory?)' in done.stderr.splitlines()
+
+
+def test_the_scripts_say_how_they_are_used(run_toy) -> None:
+    for tool, words in (
+        ('dist_train.sh', 'CONFIG N'),
+        ('dist_test.sh', 'CONFIG CHECKPOINT N'),
+        ('slurm_train.sh', 'PARTITION JOB_NAME CONFIG WORK_DIR'),
+        ('slurm_test.sh', 'PARTITION JOB_NAME CONFIG CHECKPOINT'),
+    ):
+        done = run_toy(f'tools/{tool}')
+        assert done.returncode == 2
+        assert done.stderr.startswith(f'Usage: tools/{tool} {words}')
+
+
+# Slow: Python drops an interrupt that arrives inside a callback, and then this waits in vain.
+@pytest.mark.slow
+def test_ctrl_c_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(TOY.parent), str(ROOT), os.environ.get('PYTHONPATH', '')])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / 'tools' / 'train.py'),
+            str(TOY),
+            '--work_dir',
+            'w',
+            '--cfg-options',
+            'train_cfg.max_epochs=100000',
+        ],
+        cwd=tmp_path,
+        env=os.environ | ON_CPU | dict(PYTHONPATH=path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob('w/epoch_*.pth')):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.endswith('interrupted; every checkpoint is whole, go on with --resume_from auto\n')
+    assert 'Traceback' not in error
+    for file in tmp_path.glob('w/epoch_*.pth'):
+        torch.load(file, weights_only=True)
+
+
+def test_srun_gets_the_arguments(run_toy, tmp_path: Path) -> None:
+    (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    done = run_toy(
+        'tools/slurm_train.sh',
+        'gpu',
+        'job',
+        'c.py',
+        'w',
+        '4',
+        PATH=f'{tmp_path}:{os.environ["PATH"]}',
+        SRUN_ARGS='--time=1 --qos=x',
+        PYTHON='py',
+    )
+    assert done.stdout.split() == [
+        '--partition=gpu',
+        '--job-name=job',
+        '--gres=gpu:4',
+        '--ntasks=4',
+        '--ntasks-per-node=4',
+        '--cpus-per-task=5',
+        '--kill-on-bad-exit=1',
+        '--time=1',
+        '--qos=x',
+        'py',
+        '-u',
+        str(ROOT / 'tools' / 'train.py'),
+        'c.py',
+        '--work_dir',
+        'w',
+        '--launcher',
+        'slurm',
+        '--validate',
+    ]

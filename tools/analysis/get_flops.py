@@ -1,0 +1,82 @@
+"""Count a detector's parameters and multiply-adds.
+
+    python tools/analysis/get_flops.py CONFIG [CONFIG ...] [--shape 1280 800] [--rois 1000]
+
+Several configs are compared with the first. Multiply-adds are of convolutions and matrix products, in
+one image of the shape, with so many RoIs in the box heads and 100 in the mask heads.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from terminaltables import AsciiTable
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdet.registry import MODELS
+from mmdet.utils.config import CfgOptions, load_config
+
+PARTS = ('backbone', 'neck', 'rpn_head', 'roi_head')
+MASK_ROIS = 100
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Of each part, and ``context``: of the context blocks, which the backbone's number includes."""
+    counts = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in PARTS}
+    counts['context'] = sum(p.numel() for name, p in model.named_parameters() if '.context_block.' in name)
+    counts['all'] = sum(p.numel() for p in model.parameters())
+    return counts
+
+
+def count_multiply_adds(model: Any, width: int, height: int, rois: int) -> int:
+    """In one forward pass, on tensors without memory."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        features = model.extract_features(torch.empty(1, 3, height, width, device='meta'))
+        model.rpn_head(features)
+        extractor, head = model.roi_head.bbox_roi_extractor, model.roi_head.bbox_head
+        for stage in head if isinstance(head, nn.ModuleList) else [head]:
+            stage(torch.empty(rois, extractor.out_channels, *[extractor.output_size] * 2, device='meta'))
+        extractor, head = model.roi_head.mask_roi_extractor, model.roi_head.mask_head
+        for stage in head if isinstance(head, nn.ModuleList) else [head] if head is not None else []:
+            stage(torch.empty(MASK_ROIS, extractor.out_channels, *[extractor.output_size] * 2, device='meta'))
+    return counter.get_total_flops() // 2
+
+
+def build(cfg: Config) -> nn.Module:
+    """The config's model in eval mode, on tensors without memory."""
+    with torch.device('meta'):
+        return MODELS.build(cfg.model).eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', metavar='CONFIG')
+    parser.add_argument('--shape', nargs=2, type=int, default=(1280, 800), metavar=('WIDTH', 'HEIGHT'))
+    parser.add_argument('--rois', type=int, default=1000)
+    parser.add_argument('--cfg-options', '--cfg_options', nargs='+', action=CfgOptions, default={},
+                        metavar='KEY=VALUE', help='override settings of every config')
+    args = parser.parse_args()
+    rows = [['config', 'parameters (M)', 'context blocks (M)', 'over the first (M)', 'multiply-adds (G)']]
+    first = None
+    for config in args.configs:
+        try:
+            model = build(load_config(config, args.cfg_options))
+            parameters = count_parameters(model)
+            multiply_adds = count_multiply_adds(model, *args.shape, args.rois)
+        except (ValueError, OSError) as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 1
+        first = first or parameters['all']
+        rows.append([config, f'{parameters["all"] / 1e6:.3f}', f'{parameters["context"] / 1e6:.3f}',
+                     f'{(parameters["all"] - first) / 1e6:+.3f}', f'{multiply_adds / 1e9:.1f}'])
+    print(AsciiTable(rows).table)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

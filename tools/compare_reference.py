@@ -1,0 +1,315 @@
+"""Compare a model with recorded numbers: same weights and images, everything from features to gradients.
+
+    python tools/compare_reference.py CONFIG REFERENCE.json [--dtype float64]
+
+REFERENCE.json holds what mmdetection 3.3 computes; the weights come from `fill.py` and the images
+from `inputs.npz`, which lie beside it. Or it holds what the 2019 code computes (compare_golden.py).
+Prints a table and exits with 1 if anything differs.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compare_golden import compare_golden, is_golden
+from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmdet.registry import MODELS
+from mmdet.structures.boxes import Proposals, box_iou
+from mmdet.structures.data_sample import DataSample
+from mmdet.utils.config import CfgOptions, load_config
+
+# (features and maps in standard deviations, losses relative, gradient norms relative, score)
+BOUNDS = {torch.float32: (1e-5, 1e-5, 1e-3, 1e-4), torch.float64: (1e-9, 1e-9, 1e-9, 1e-9)}
+# Batch statistics amplify rounding: mmdetection's own float32 gradients are up to 5e-3 off its float64 ones.
+BATCH_STATISTICS_GRAD_BOUND = {torch.float32: 5e-3, torch.float64: 1e-9}
+BOX_BOUND = {torch.float32: 1e-2, torch.float64: 1e-6}
+EXCHANGED_BOUND = {torch.float32: 1e-2, torch.float64: 0}
+SAMPLES_OF_EVERYTHING = 1_000_000
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a reference file holds."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path}: not a JSON file: {error}') from error
+
+
+def load_reference(path: Path) -> tuple[dict[str, Any], Arrays, Arrays, Callable]:
+    """The recorded numbers, their arrays, the input images, and the function that fills weights."""
+    reference = read_json(path)
+    if 'arrays' not in reference or 'weights' not in reference:
+        raise ValueError(f'{path}: not a reference file; it has no "arrays" and "weights"')
+    spec = importlib.util.spec_from_file_location('fill', path.parent / 'fill.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arrays = dict(np.load(path.parent / reference['arrays']))
+    return reference, arrays, dict(np.load(path.parent / 'inputs.npz')), module.fill
+
+
+def build_model(cfg: Config, fill: Callable, dtype: torch.dtype) -> Any:
+    """The config's detector with filled weights, and with samplers that keep every box."""
+    cfg.model.backbone.pretrained = None
+    rcnn = cfg.model.train_cfg.rcnn
+    for stage in [cfg.model.train_cfg.rpn, *(rcnn if isinstance(rcnn, list) else [rcnn])]:
+        stage.sampler.num = SAMPLES_OF_EVERYTHING
+    cfg.model.train_cfg.rpn_proposal.update(nms_pre=500, max_per_img=300)
+    model = MODELS.build(cfg.model).to(dtype)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            value = fill(name, tensor.shape)
+            if value is not None:
+                tensor.copy_(torch.from_numpy(np.asarray(value)))
+    return model
+
+
+def load_batch(inputs: Arrays) -> dict[str, Any]:
+    """The images and annotations of inputs.npz as the loader would give them."""
+    images, samples = [], []
+    for i in range(sum(name.startswith('img_') for name in inputs)):
+        image = inputs[f'img_{i}']
+        shape = inputs[f'masks_shape_{i}']
+        masks = np.unpackbits(inputs[f'masks_packed_{i}'])[:shape.prod()].reshape(shape)
+        images.append(torch.from_numpy(image).permute(2, 0, 1))
+        samples.append(DataSample(
+            img_id=int(inputs[f'id_{i}']),
+            img_path=f'image {i}',
+            ori_shape=tuple(inputs[f'ori_shape_{i}'].tolist()),
+            img_shape=image.shape[:2],
+            scale_factor=tuple(inputs[f'scale_wh_{i}'].tolist()),
+            boxes=torch.from_numpy(inputs[f'boxes_{i}']),
+            labels=torch.from_numpy(inputs[f'labels_{i}']),
+            masks=torch.from_numpy(masks)))
+    return dict(inputs=images, data_samples=samples)
+
+
+def tensor_error(tensor: Tensor, recorded: dict[str, Any]) -> float:
+    """Largest error of a tensor's recorded statistics and samples, in its standard deviations."""
+    if list(tensor.shape) != recorded['shape']:
+        raise ValueError(f'a tensor has the shape {list(tensor.shape)}, the reference {recorded["shape"]}: '
+                         'is the reference of another config?')
+    wide = tensor.detach().double()
+    found = [wide.mean(), wide.std(correction=0), wide.abs().mean(), wide.min(), wide.max(),
+             *wide.flatten()[recorded['idx']]]
+    expected = [recorded['mean'], recorded['std'], recorded['abssum'] / tensor.numel(), recorded['min'],
+                recorded['max'], *recorded['val']]
+    return max(abs(float(a) - b) for a, b in zip(found, expected)) / max(recorded['std'], 1e-12)
+
+
+def compare_inference(model: Any, batch: dict[str, Any], reference: dict[str, Any],
+                      arrays: Arrays, out: Comparison) -> None:
+    """Features, RPN maps, proposals, heads on fixed RoIs, and detections."""
+    dtype = model.data_preprocessor.mean.dtype
+    bound, _, _, score_bound = BOUNDS[dtype]
+    model.eval()
+    data = model.data_preprocessor(batch)
+    samples = data['data_samples']
+    out.add('input', tensor_error(data['inputs'], reference['input']), bound)
+    backbone = model.backbone(data['inputs'])
+    features = model.neck(backbone)
+    cls_maps, reg_maps = model.rpn_head(features)
+    for name, levels in dict(backbone=backbone, neck=features, rpn_cls=cls_maps, rpn_reg=reg_maps).items():
+        for i, (level, recorded) in enumerate(zip(levels, reference[name], strict=True)):
+            out.add(f'{name}[{i}]', tensor_error(level, recorded), bound)
+
+    proposals = model.rpn_head.predict(features, samples, model.test_proposal_cfg)
+    for i, found in enumerate(proposals):
+        scores = arrays[f'prop_scores_{i}']
+        _, box_error, score_error = match(found.boxes, found.scores, arrays[f'prop_boxes_{i}'], scores)
+        threshold = model.test_proposal_cfg['nms']['iou_threshold']
+        rivals = exchanged(found, arrays[f'prop_boxes_{i}'], scores, threshold)
+        rivals &= box_error > BOX_BOUND[dtype]
+        out.add(f'proposals of image {i}: boxes (pixels), but for {rivals.sum()} ties',
+                box_error[~rivals].max(initial=0), BOX_BOUND[dtype])
+        out.add(f'proposals of image {i}: share of such ties', rivals.mean(), EXCHANGED_BOUND[dtype])
+        out.add(f'proposals of image {i}: scores', score_error.max(), score_bound)
+        out.add(f'proposals of image {i}: number', abs(len(found.boxes) - reference['proposals'][i]), 0)
+
+    compare_heads(model.roi_head, features, reference, arrays, bound, out)
+
+    results = model.roi_head.predict(features, proposals, samples)
+    for i, (result, recorded) in enumerate(zip(results, reference['detections'], strict=True)):
+        out.add(f'detections of image {i}: number', abs(len(result['boxes']) - recorded['n']), 0)
+        if recorded['n'] == 0 or len(result['boxes']) == 0:
+            continue
+        index, box_error, score_error = match(
+            result['boxes'], result['scores'], arrays[f'det_boxes_{i}'], arrays[f'det_scores_{i}'],
+            result['labels'], arrays[f'det_labels_{i}'])
+        out.add(f'detections of image {i}: boxes (pixels)', box_error.max(), BOX_BOUND[dtype])
+        out.add(f'detections of image {i}: scores', score_error.max(), score_bound)
+        if 'masks' in result:
+            ious = [mask_iou(result['masks'][j], rle) for j, rle in zip(index, recorded['rle'])]
+            out.add(f'detections of image {i}: 1 - mask IoU', 1 - min(ious), 1 - MASK_IOU_BOUND)
+
+
+def exchanged(found: Proposals, boxes: np.ndarray, scores: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Which recorded boxes (n, 4) may have lost to a found one of exactly their score.
+
+    Where the sigmoid saturates in float32, mmdetection ranks boxes that tie as they come, we by logit:
+    another of two that overlap by more than ``iou_threshold`` then survives the NMS.
+    """
+    overlaps = box_iou(torch.from_numpy(boxes).double(), found.boxes.double())
+    ties = torch.from_numpy(scores)[:, None] == found.scores[None]
+    return ((overlaps > iou_threshold) & ties).any(dim=1).numpy()
+
+
+def compare_heads(roi_head: Any, features: list[Tensor], reference: dict[str, Any], arrays: Arrays,
+                  bound: float, out: Comparison) -> None:
+    """RoI features and the outputs of each stage's heads on the recorded RoIs."""
+    rois = torch.from_numpy(arrays['fixed_rois']).to(features[0].dtype)
+    def stages(module: nn.Module) -> list[Any]:
+        return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+    bbox_heads = stages(roi_head.bbox_head)
+    mask_heads = stages(roi_head.mask_head) if roi_head.mask_head is not None else [None] * len(bbox_heads)
+    if len(bbox_heads) != len(reference['fixed_roi_heads']):
+        raise ValueError(f'the RoI head has {len(bbox_heads)} stages, that of the reference '
+                         f'{len(reference["fixed_roi_heads"])}: is the reference of another config?')
+    heads = zip(bbox_heads, mask_heads, reference['fixed_roi_heads'])
+    for i, (bbox_head, mask_head, recorded) in enumerate(heads):
+        stage = f'stage {i}: ' if len(bbox_heads) > 1 else ''
+        box_features = roi_head.bbox_roi_extractor(features, rois)
+        logits, deltas = bbox_head(box_features)
+        found = dict(bbox_roi_feats=box_features, cls_score=logits, bbox_pred=deltas)
+        if mask_head is not None:
+            found['mask_roi_feats'] = roi_head.mask_roi_extractor(features, rois)
+            found['mask_logits'] = mask_head(found['mask_roi_feats'])
+        for name, tensor in found.items():
+            out.add(f'{stage}{name} of fixed RoIs', tensor_error(tensor, recorded[name]), bound)
+        for name, tensor in ((f'fixed_cls_{i}', logits), (f'fixed_reg_{i}', deltas)):
+            expected = torch.from_numpy(arrays[name]).double()
+            error = (tensor.double() - expected).abs().max() / expected.std()
+            out.add(f'{stage}{name}, every value', error, bound)
+
+
+def compare_training(model: Any, batch: dict[str, Any], reference: dict[str, Any], out: Comparison) -> None:
+    """Losses, gradients, what is frozen, and the running statistics after one step."""
+    dtype = model.data_preprocessor.mean.dtype
+    bound, loss_bound, grad_bound, _ = BOUNDS[dtype]
+    if reference['bn_after']:
+        grad_bound = BATCH_STATISTICS_GRAD_BOUND[dtype]
+    model.train()
+    data = model.data_preprocessor(batch, training=True)
+    losses = model(**data, mode='loss')
+    if losses.keys() != reference['losses'].keys():
+        raise ValueError(f'the losses are {list(losses)}, the reference has {list(reference["losses"])}: '
+                         'is the reference of another config?')
+    for name, recorded in reference['losses'].items():
+        # mmdetection logs the RPN's losses a level each.
+        expected = sum(recorded) if isinstance(recorded, list) else recorded
+        out.add(name, abs(losses[name].item() - expected) / max(abs(expected), 1e-12), loss_bound)
+    total = sum(loss for name, loss in losses.items() if 'loss' in name)
+    out.add('total loss', abs(total.item() - reference['loss_total']) / reference['loss_total'], loss_bound)
+    total.backward()
+
+    parameters = dict(model.named_parameters())
+    frozen = {name for name, p in parameters.items() if p.grad is None}
+    out.add('names of frozen parameters', len(frozen ^ set(reference['no_grad'])), 0)
+    out.add('names of trained parameters', len((parameters.keys() - frozen) ^ reference['grads'].keys()), 0)
+    errors = {}
+    for name, (_, expected_norm, *_) in reference['grads'].items():
+        if name in frozen or name not in parameters:
+            continue
+        grad = parameters[name].grad
+        assert grad is not None
+        # The softmax over positions does not see a common bias: its gradient is exactly zero.
+        scale = 1.0 if name.endswith('conv_mask.bias') else max(expected_norm, 1e-12)
+        errors[name] = abs(float(grad.double().norm()) - expected_norm) / scale
+    out.add(*worst_of('gradient norms', errors), grad_bound)
+
+    buffers = dict(model.named_buffers())
+    errors = {name: buffer_error(buffers[name], recorded) for name, recorded in reference['bn_after'].items()
+              if name in buffers}
+    if errors:
+        out.add(*worst_of('running statistics after the step', errors), bound)
+
+
+def worst_of(what: str, errors: dict[str, float]) -> tuple[str, float]:
+    """The largest error, and ``what`` with its name."""
+    # A NaN is the worst, which max() alone would miss.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return f'{what} (worst: {worst})', errors[worst]
+
+
+def buffer_error(tensor: Tensor, recorded: Any) -> float:
+    """Error of a buffer recorded as statistics, or as [sum, norm, first values]."""
+    if isinstance(recorded, dict):
+        return tensor_error(tensor, recorded)
+    wide = tensor.double().flatten()
+    found = [wide.sum(), wide.norm(), *wide[:len(recorded) - 2]]
+    return max(abs(float(a) - b) for a, b in zip(found, recorded)) / max(abs(recorded[1]), 1e-12)
+
+
+def compare_weights(model: Any, reference: dict[str, Any], out: Comparison) -> None:
+    """Names, shapes and contents of the filled weights."""
+    state = {name: tensor for name, tensor in model.state_dict().items()
+             if not name.endswith('num_batches_tracked')}
+    recorded = {name: value for name, value in reference['weights'].items()
+                if not name.endswith('num_batches_tracked')}
+    out.add('names of parameters', len(state.keys() ^ recorded.keys()), 0)
+    errors = [0.0]
+    for name in state.keys() & recorded.keys():
+        shape, abssum, first = recorded[name]
+        wide = state[name].double().flatten()
+        errors += [float(list(state[name].shape) != shape), abs(float(wide.abs().sum()) - abssum) / abssum,
+                   abs(float(wide[0]) - first)]
+    out.add('filled weights', max(errors), 1e-6)
+
+
+def compare(config: str, reference_path: Path, dtype: torch.dtype | None = None,
+            cfg_options: dict[str, Any] | None = None) -> Comparison:
+    """Everything, in the reference's dtype unless another is given."""
+    golden = read_json(reference_path)
+    if is_golden(golden):
+        print(f'{config} against {golden["config"]} of 2019 in torch.float32')
+        return compare_golden(load_config(config, cfg_options), reference_path, golden)
+    reference, arrays, inputs, fill = load_reference(reference_path)
+    dtype = dtype or getattr(torch, reference['dtype'].removeprefix('torch.'))
+    print(f'{config} against {reference["config"]} {reference["edits"] or ""} in {dtype}')
+    model = build_model(load_config(config, cfg_options), fill, dtype)
+    batch = load_batch(inputs)
+    out = Comparison()
+    compare_weights(model, reference, out)
+    with torch.no_grad():
+        compare_inference(model, batch, reference, arrays, out)
+    compare_training(model, batch, reference, out)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config')
+    parser.add_argument('reference', type=Path, help='JSON with what mmdetection 3.3 computes')
+    parser.add_argument('--dtype', choices=['float32', 'float64'], help="default: the reference's")
+    parser.add_argument('--cfg-options', '--cfg_options', nargs='+', action=CfgOptions, metavar='KEY=VALUE')
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        out = compare(args.config, args.reference, dtype, args.cfg_options)
+    except (ValueError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print(out.table())
+    if out.failed:
+        print(f'{len(out.failed)} of {len(out.rows)} comparisons differ: {", ".join(out.failed)}')
+        return 1
+    print(f'all {len(out.rows)} comparisons agree')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What the comparisons with recorded numbers share: the table of errors, and matching of detections."""
+
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from terminaltables import AsciiTable
+from torch import Tensor
+
+MASK_IOU_BOUND = 0.99
+
+
+class Comparison:
+    """Rows of (what, largest error, bound)."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, float]] = []
+
+    def add(self, what: str, error: float, bound: float) -> None:
+        self.rows.append((what, float(error), bound))
+
+    @property
+    def failed(self) -> list[str]:
+        # 'not <=' so that a NaN fails.
+        return [what for what, error, bound in self.rows if not error <= bound]
+
+    def table(self) -> str:
+        failed = set(self.failed)
+        rows = [[what, f'{error:.2e}', f'{bound:.0e}', 'DIFFERS' if what in failed else 'ok']
+                for what, error, bound in self.rows]
+        return AsciiTable([['what', 'largest error', 'bound', ''], *rows]).table
+
+
+def match(
+    boxes: Tensor, scores: Tensor, ref_boxes: np.ndarray, ref_scores: np.ndarray,
+    groups: Tensor | None = None, ref_groups: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each recorded box the nearest found one of its group: index, box error in pixels, score error."""
+    distance = np.abs(boxes.double().numpy()[None] - ref_boxes[:, None]).max(axis=2)
+    if groups is not None and ref_groups is not None:
+        distance[ref_groups[:, None] != groups.numpy()[None]] = np.inf
+    score_distance = np.abs(scores.double().numpy()[None] - ref_scores[:, None])
+    index = (distance + score_distance).argmin(axis=1)
+    rows = np.arange(len(index))
+    return index, distance[rows, index], score_distance[rows, index]
+
+
+def mask_iou(found: dict[str, Any], counts: str) -> float:
+    """IoU of two RLE masks; 1 where at most one pixel differs.
+
+    A pixel whose probability is the threshold up to rounding may fall either way, and one pixel is
+    more than a hundredth of a small mask.
+    """
+    expected = dict(size=found['size'], counts=counts.encode())
+    intersection = float(coco_mask.area(coco_mask.merge([expected, found], intersect=True)))
+    union = float(coco_mask.area(coco_mask.merge([expected, found])))
+    return 1.0 if union - intersection <= 1 else intersection / union

@@ -1,0 +1,43 @@
+"""Convert a checkpoint from elsewhere (2019 format, mmdetection 2.x or 3.x) to this project's format.
+
+    python tools/convert_checkpoint.py mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x_20190602-18ee7e8e.pth gc.safetensors
+
+Weights and meta are kept, the state of the optimizer is not. The meta of what was a file of 2019 says that it
+wants the numerics of 2019 (``legacy_2019``).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.checkpoint import load_file, save_checkpoint
+from mmdet.engine.launch import parse_args, run_tool
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Convert a checkpoint to the format of this project.')
+    parser.add_argument('source', metavar='IN', help='checkpoint: file or URL, .pth or .safetensors')
+    parser.add_argument('target', metavar='OUT', help='file to write, .pth or .safetensors')
+    parser.add_argument('--trust_checkpoint', action='store_true',
+                        help='load IN even if it holds what could run code')
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(make_parser(), argv)
+    target = Path(args.target)
+    if target.suffix not in ('.pth', '.safetensors'):
+        raise ValueError(f'{target} must end in .pth or .safetensors')
+    if target.exists() and Path(args.source).exists() and target.samefile(args.source):
+        raise ValueError(f'{target} would overwrite the checkpoint that it is made from: give another name')
+    content = load_file(args.source, trust=args.trust_checkpoint)
+    if not content['state_dict']:
+        raise ValueError(f'{args.source} holds no weights')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(dict(meta=content['meta'], state_dict=content['state_dict']), target)
+    legacy = ', which want the numerics of 2019' if content['meta'].get('legacy_2019') else ''
+    print(f'{target}: {len(content["state_dict"])} tensors{legacy}')
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,66 @@
+"""Evaluate the results that `tools/test.py --out r.pkl` saved, without running the model again.
+
+    python tools/eval_results.py r.pkl --ann annotations/instances_val2017.json [--eval bbox segm]
+"""
+
+import argparse
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdet.engine.launch import parse_args, run_tool
+from mmdet.evaluation import CocoMetric
+from mmdet.evaluation.coco_eval import load_annotations
+
+KEYS = {'img_id', 'boxes', 'scores', 'labels'}
+
+
+def load_results(path: str) -> list[dict[str, Any]]:
+    """The list of prediction dicts in ``path``; ValueError or FileNotFoundError in one line otherwise."""
+    try:
+        results = pickle.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f'results {path} do not exist') from None
+    except Exception as error:  # unpickling raises whatever the damaged bytes lead to
+        raise ValueError(f'results {path} cannot be read as a pickle file: {error!r:.100}') from None
+    if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= KEYS for r in results):
+        raise ValueError(f'results {path} are not a list of dicts with {", ".join(sorted(KEYS))}: '
+                         'give a file that tools/test.py --out wrote')
+    if not results:
+        raise ValueError(f'results {path} hold no image')
+    return results
+
+
+def category_ids(ann_file: str, classes: list[str] | None) -> list[int]:
+    """The category id of each label: that of each class named, or all of the file in its order."""
+    ids = {category['name']: category['id'] for category in load_annotations(ann_file)['categories']}
+    if unknown := [name for name in classes or [] if name not in ids]:
+        raise ValueError(f'class {unknown[0]!r} is not among the categories of {ann_file}: {", ".join(ids)}')
+    return [ids[name] for name in classes or ids]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description='Evaluate the results that tools/test.py --out saved.')
+    parser.add_argument('results', help='pickle file of tools/test.py --out')
+    parser.add_argument('--ann', required=True, help='COCO annotation file of the data set tested')
+    parser.add_argument('--eval', nargs='+', choices=['bbox', 'segm'],
+                        help='default: bbox, and segm where the results have masks')
+    parser.add_argument('--eval_backend', choices=['hotcoco', 'pycocotools'], default='hotcoco')
+    parser.add_argument('--classes', nargs='+', metavar='NAME',
+                        help='classes in the order of the labels; default: the categories of the file')
+    parser.add_argument('--json_prefix', metavar='P', help='write P.bbox.json and P.segm.json')
+    args = parse_args(parser, argv)
+
+    results = load_results(args.results)
+    metric = CocoMetric(
+        metric=args.eval or (['bbox', 'segm'] if 'masks' in results[0] else ['bbox']),
+        eval_backend=args.eval_backend, outfile_prefix=args.json_prefix)
+    metric.dataset_meta = dict(ann_file=args.ann, cat_ids=category_ids(args.ann, args.classes))
+    metric.process(None, results)
+    print(json.dumps(metric.evaluate(len(results))))
+
+
+if __name__ == '__main__':
+    run_tool(main)

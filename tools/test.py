@@ -1,0 +1,110 @@
+"""Test a detector: write its predictions, draw them, evaluate them.
+
+    python tools/test.py configs/gcnet/mask_rcnn_r50_fpn_1x.py epoch_12.pth --eval bbox segm
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from mmengine.config import Config
+
+from mmdet.checkpoint import load_meta
+from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
+from mmdet.engine.runner import DetectionRunner
+from mmdet.legacy_2019 import legacy_2019
+from mmdet.utils.config import load_config
+from mmdet.utils.env import setup_cpu
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Test a detector.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint: file or URL, .pth or .safetensors')
+    parser.add_argument('--eval', nargs='+', choices=['bbox', 'segm'], default=[], help='print COCO AP')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions, a dict an image')
+    parser.add_argument('--json_prefix', metavar='PREFIX', help='write PREFIX.bbox.json and PREFIX.segm.json')
+    parser.add_argument('--show_dir', metavar='FOLDER', help='draw the predictions on the images')
+    parser.add_argument('--eval_backend', choices=['hotcoco', 'pycocotools'], help='what computes AP')
+    parser.add_argument('--allow_partial', action='store_true',
+                        help='test although the checkpoint lacks weights, or has others than the model')
+    add_common_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(make_parser(), argv)
+    if not (args.eval or args.out or args.json_prefix or args.show_dir):
+        raise ValueError(
+            'nothing to do with the predictions: give --eval, --out, --json_prefix or --show_dir')
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out {args.out} must end in .pkl or .pickle')
+    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f'checkpoint {args.checkpoint} does not exist')
+    for folder in (args.show_dir, *(Path(path).parent for path in (args.out, args.json_prefix) if path)):
+        if folder:
+            check_writable(Path(folder))
+    launcher = join_processes(args, argv)
+    if launcher is None:
+        return
+    hardware = setup_cpu()
+    cfg = load_config(args.config, args.cfg_options)
+    recognised_2019 = load_meta(args.checkpoint, args.trust_checkpoint).get('legacy_2019')
+    if args.legacy_2019 or recognised_2019:
+        cfg = legacy_2019(cfg)
+    cfg.launcher = launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    set_test(cfg, args)
+
+    runner = DetectionRunner.from_cfg(cfg)
+    runner.logger.info(f'work_dir: {runner.work_dir}, processes: {runner.world_size}, {hardware}')
+    if cfg.get('legacy_2019'):
+        runner.logger.info('tested with the numerics of the 2019 code, '
+                           + ('which the checkpoint was trained with' if recognised_2019 else 'as asked for'))
+    runner.trust_checkpoint = args.trust_checkpoint
+    checkpoint = runner.load_checkpoint(args.checkpoint, strict=not args.allow_partial)
+    classes = runner.test_dataloader.dataset.metainfo['classes']
+    check_classes(checkpoint.get('meta', {}), classes, args.checkpoint)
+    runner.test()
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the test, not after it.
+
+    Raises:
+        OSError: no file can be written to ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+def set_test(cfg: Config, args: argparse.Namespace) -> None:
+    """Leave of the config what testing needs, and set the evaluator to what was asked for."""
+    for key in ('train', 'val'):
+        for part in ('dataloader', 'cfg'):
+            cfg[f'{key}_{part}'] = None
+    cfg.val_evaluator = cfg.optim_wrapper = cfg.param_scheduler = cfg.load_from = None
+    cfg.resume = False
+    cfg.test_evaluator.update(metric=args.eval, out=args.out, outfile_prefix=args.json_prefix)
+    if args.eval_backend:
+        cfg.test_evaluator.eval_backend = args.eval_backend
+    if args.show_dir:
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='DrawHook', out_dir=args.show_dir)]
+
+
+def check_classes(meta: dict, classes: Sequence[str], checkpoint: str) -> None:
+    """
+    Raises:
+        ValueError: the model was trained on other classes than those of the data set.
+    """
+    trained = (meta.get('dataset_meta') or {}).get('classes')
+    if trained and [name.replace('_', ' ') for name in trained] != [c.replace('_', ' ') for c in classes]:
+        raise ValueError(f'{checkpoint} was trained on the classes {", ".join(trained)}, but the data set of '
+                         f'the config has {", ".join(classes)}: use the config of the checkpoint, or set '
+                         'test_dataloader.dataset.metainfo.classes')
+
+
+if __name__ == '__main__':
+    run_tool(main)

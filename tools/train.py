@@ -1,0 +1,94 @@
+"""Train a detector.
+
+    python tools/train.py configs/gcnet/mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py --validate
+
+Several processes: ``--gpus N``, or tools/dist_train.sh.
+"""
+
+import argparse
+import os.path as osp
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmdet.checkpoint import find_checkpoint, load_meta
+from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
+from mmdet.engine.runner import DetectionRunner
+from mmdet.legacy_2019 import legacy_2019
+from mmdet.utils.config import load_config
+from mmdet.utils.env import setup_cpu
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Train a detector.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--validate', type=int, nargs='?', const=1, default=0, metavar='K',
+                        help='evaluate on the validation set every K epochs (default 1) and after the last')
+    parser.add_argument('--resume_from', metavar='CHECKPOINT',
+                        help="go on from this checkpoint; 'auto': from the last one in the work_dir")
+    parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random, and logged)')
+    parser.add_argument('--amp', nargs='?', const='auto', choices=['auto', 'bf16', 'fp16'],
+                        help='mixed precision (default fp16 on a GPU, bf16 on the CPU)')
+    add_common_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(make_parser(), argv)
+    launcher = join_processes(args, argv)
+    if launcher is None:
+        return
+    hardware = setup_cpu()
+    cfg = load_config(args.config, args.cfg_options)
+    if args.legacy_2019:
+        cfg = legacy_2019(cfg)
+    cfg.launcher = launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    set_evaluation(cfg, args.validate)
+    set_precision(cfg, args.amp)
+    seed_from = set_start(cfg, args.resume_from, args.seed, args.trust_checkpoint)
+
+    runner = DetectionRunner.from_cfg(cfg)
+    runner.trust_checkpoint = args.trust_checkpoint
+    runner.logger.info(f'work_dir: {runner.work_dir}, seed: {runner.seed}{seed_from}, '
+                       f'processes: {runner.world_size}, {hardware}')
+    runner.logger.info(f'log: {osp.join(runner.log_dir, runner.timestamp)}.log, numbers as JSON lines: '
+                       f'{osp.join(runner.log_dir, "vis_data", "scalars.json")}')
+    runner.train()
+
+
+def set_evaluation(cfg: Config, interval: int) -> None:
+    """Evaluate every ``interval`` epochs; 0: never."""
+    if interval < 0:
+        raise ValueError(f'--validate {interval}: a number of epochs is needed')
+    if interval:
+        cfg.train_cfg.val_interval = interval
+    else:
+        cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+
+
+def set_precision(cfg: Config, amp: str | None) -> None:
+    """Train in mixed precision if ``amp`` is 'auto', 'bf16' or 'fp16'."""
+    if amp:
+        dtype = {'auto': None, 'bf16': 'bfloat16', 'fp16': 'float16'}[amp]
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype)
+
+
+def set_start(cfg: Config, resume_from: str | None, seed: int | None, trust: bool) -> str:
+    """Resume, with the checkpoint's seed unless another is given; returns where the seed comes from."""
+    if resume_from == 'auto' or (resume_from is None and cfg.get('resume') and not cfg.get('load_from')):
+        resume_from = find_checkpoint(cfg.work_dir) or ''  # '': nothing was saved yet, train from the start
+    if resume_from is not None:
+        cfg.resume, cfg.load_from = bool(resume_from), resume_from or None
+    origin = ''
+    if seed is None and cfg.get('resume'):
+        seed, origin = load_meta(cfg.load_from, trust).get('seed'), ' (of the checkpoint)'
+    if seed is None:
+        seed, origin = cfg.get('randomness', {}).get('seed'), ''
+    cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
+    return origin
+
+
+if __name__ == '__main__':
+    run_tool(main, 'interrupted; every checkpoint is whole, go on with --resume_from auto')
