@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch.distributed
+
 from mmdet.engine.runner import DetectionRunner
 from mmdet.utils.config import load_config
 
@@ -18,3 +20,4 @@ def train(name: str, **options: object) -> None:
 train('four', val_cfg=None, val_dataloader=None, val_evaluator=None)
 train('two', **{'train_cfg.max_epochs': 2})
 train('rest', load_from=str(folder / 'two' / 'epoch_2.pth'), resume=True)
+torch.distributed.destroy_process_group()

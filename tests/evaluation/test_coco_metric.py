@@ -168,6 +168,7 @@ def test_two_processes_write_the_same_bytes(ann_file, tmp_path):
         for i in indices:
             metric.process(None, [prediction(i)])
         print(metric.evaluate(5)['coco/segm_mAP'])
+        dist.destroy_process_group()  # else gloo's threads may abort the process at its end
     """)
     run = [subprocess.Popen([sys.executable, '-c', code, Path(__file__).parent, tmp_path, rank],
                             stdout=subprocess.PIPE, text=True) for rank in '01']
