@@ -1,16 +1,20 @@
 """Normalisation layers built from ``norm_cfg``."""
 
+import importlib
+import importlib.util
 from typing import Any, Literal, Required, TypedDict
 
 import torch
-import torch.distributed as dist
+import torch.distributed
+from mmengine import dist
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as CudaFunction
 
 
 class NormConfig(TypedDict, total=False):
     """``norm_cfg``: which normalisation, and whether its scale and shift are trained."""
 
-    type: Required[Literal['BN', 'SyncBN', 'GN']]
+    type: Required[Literal['BN', 'SyncBN', 'ApexSyncBN', 'GN']]
     requires_grad: bool
     eps: float
     momentum: float
@@ -18,31 +22,68 @@ class NormConfig(TypedDict, total=False):
 
 
 def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
-    """The normalisation layer of ``cfg`` for ``channels`` channels."""
+    """The normalisation layer of ``cfg`` for ``channels`` channels.
+
+    Raises:
+        ValueError: 'ApexSyncBN' without NVIDIA apex.
+    """
     options: dict[str, Any] = {k: v for k, v in cfg.items() if k not in ('type', 'requires_grad')}
     if cfg['type'] == 'GN':
         layer: nn.Module = nn.GroupNorm(num_channels=channels, **options)
+    elif cfg['type'] == 'ApexSyncBN':
+        layer = _apex_sync_batch_norm()(channels, **options)
     else:
         layer = {'BN': nn.BatchNorm2d, 'SyncBN': SyncBatchNorm}[cfg['type']](channels, **options)
     return layer.requires_grad_(cfg.get('requires_grad', True))
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch normalisation over all ranks, which PyTorch has for GPUs only; here for the CPU too.
+def _apex_sync_batch_norm() -> type[nn.Module]:
+    needed = "norm_cfg.type='ApexSyncBN' needs NVIDIA's apex"
+    install = ('APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation '
+               "git+https://github.com/NVIDIA/apex; or use type='SyncBN', which needs no package")
+    found = importlib.util.find_spec('apex')
+    if found is None:
+        raise ValueError(f'{needed}, which is not installed (and not on PyPI): {install}')
+    try:
+        return importlib.import_module('apex.parallel').SyncBatchNorm
+    except Exception as error:  # PyPI's apex, of another author, fails in more ways than one
+        where = found.origin or list(found.submodule_search_locations or [])
+        raise ValueError(f'{needed}, but {where} has no apex.parallel.SyncBatchNorm ({error}): PyPI has '
+                         f'another project of that name; pip uninstall apex, then {install}') from error
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over all ranks: PyTorch's on GPUs, our own on the CPU, where PyTorch has none.
 
     Each rank's statistics are weighted by its number of elements, so ranks may hold images of
-    different size, or none at all.
+    different size, or none at all. A step in which no rank has any leaves the running statistics alone
+    (on several GPUs PyTorch takes mean and variance for 0 then). Not a subclass of nn.SyncBatchNorm,
+    which DistributedDataParallel refuses on the CPU.
     """
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f'SyncBatchNorm needs (N, C, ...), not {tuple(input.shape)}')
+
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, ...)."""
-        # PyTorch's refuses the CPU in a process group of one, too.
-        if input.is_cuda or not (self.training and dist.is_initialized()):
-            return super().forward(input)
+        """Normalise (N, C, ...).
+
+        Raises:
+            ValueError: the input has less than two dimensions, or one process has one element a channel.
+        """
+        alone = dist.get_world_size() == 1
+        if not self.training or (alone and input.numel()):
+            return super().forward(input)  # plain batch norm
+        self._check_input_dim(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        return _SyncBatchNormFunction.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
+        arguments = (self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum)
+        if alone or not input.is_cuda:
+            return _SyncBatchNormFunction.apply(input, *arguments)
+        # An empty rank sends zeros of its input's type; those of the others are at least float32.
+        wide = input if input.numel() else input.to(torch.promote_types(input.dtype, torch.float32))
+        group = torch.distributed.group.WORLD
+        return CudaFunction.apply(wide, *arguments, group, dist.get_world_size()).to(input.dtype)
 
 
 class _SyncBatchNormFunction(torch.autograd.Function):
@@ -55,15 +96,16 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         channels = x.shape[1]
         total = torch.cat([wide.sum(dims), wide.new_tensor([x.numel() / channels])])
         dist.all_reduce(total)
-        count = total[-1]
+        count = total[-1].clamp(min=1)
         mean = total[:-1] / count
         centred = wide - _per_channel(mean, x)
         variance = centred.square().sum(dims)
         dist.all_reduce(variance)
         variance /= count
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        if total[-1]:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         inv_std = torch.rsqrt(variance + eps)
         normalised = centred * _per_channel(inv_std, x)
         ctx.save_for_backward(normalised, weight, inv_std, count)

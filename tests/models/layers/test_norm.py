@@ -1,10 +1,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmdet.models.layers.norm import SyncBatchNorm, build_norm, freeze_norm_statistics
@@ -12,13 +15,17 @@ from mmdet.models.layers.norm import SyncBatchNorm, build_norm, freeze_norm_stat
 ROOT = Path(__file__).resolve().parents[3]
 CHANNELS = 5
 STEPS = 2
-SHAPES = {
-    'equal': [(2, CHANNELS, 6, 7)] * 2,
-    'unequal': [(2, CHANNELS, 6, 7), (3, CHANNELS, 9, 4)],
-    'empty rank': [(2, CHANNELS, 6, 7), (0, CHANNELS, 3, 3)],
-    'one position each': [(1, CHANNELS, 1, 1)] * 2,
-    'vectors': [(4, CHANNELS), (7, CHANNELS)],
+SHAPES = {  # of the ranks; two processes take the first two
+    'equal': [(2, CHANNELS, 6, 7)] * 3,
+    'unequal': [(2, CHANNELS, 6, 7), (3, CHANNELS, 9, 4), (1, CHANNELS, 5, 11)],
+    'empty rank': [(2, CHANNELS, 6, 7), (0, CHANNELS, 3, 3), (3, CHANNELS, 9, 4)],
+    'one position': [(4, CHANNELS, 1, 1), (1, CHANNELS, 1, 1), (2, CHANNELS, 1, 1)],
+    'vectors': [(4, CHANNELS), (7, CHANNELS), (2, CHANNELS)],
 }
+# Of the tensor's maximum. Far from zero float32 itself resolves but 1e-4 of the deviation, and
+# E[x^2] - E[x]^2 would be wrong in the first digit.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, 'far': 2e-4}
+NAMES = [f'{name}, {dtype}' for name in SHAPES for dtype in ('float64', 'float32')]
 
 
 def make_case(shapes: list[tuple[int, ...]], dtype: torch.dtype, offset: float = 0) -> dict:
@@ -43,13 +50,18 @@ def run_processes(cases: list[dict], world: int, folder: Path) -> list[list[dict
     return [torch.load(folder / f'result_{rank}.pt') for rank in range(world)]
 
 
-@pytest.fixture(scope='module')
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, list[dict]]]:
-    """All cases, in two processes: name -> (case, the ranks' results)."""
+@pytest.fixture(scope='module', params=[2, 3])
+def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """All cases, in two or three processes: name -> (case, the ranks' results)."""
+    world = request.param
     torch.manual_seed(0)
-    cases = {name: make_case(shapes, torch.float64) for name, shapes in SHAPES.items()}
-    cases['float32, far from zero'] = make_case(SHAPES['unequal'], torch.float32, offset=1000)
-    results = run_processes(list(cases.values()), 2, tmp_path_factory.mktemp('norm'))
+    cases = {f'{name}, {dtype}': make_case(shapes[:world], getattr(torch, dtype))
+             for name, shapes in SHAPES.items() for dtype in ('float64', 'float32')}
+    cases['far from zero'] = make_case(SHAPES['unequal'][:world], torch.float32, offset=1000)
+    cases['all empty'] = make_case([(0, CHANNELS, 3, 3)] * world, torch.float32)
+    half = cases['half'] = make_case(SHAPES['unequal'][:world], torch.float32)
+    half['steps'] = [[(x.bfloat16(), weight) for x, weight in rank] for rank in half['steps']]
+    results = run_processes(list(cases.values()), world, tmp_path_factory.mktemp('norm'))
     return {name: (case, [rank[i] for rank in results]) for i, (name, case) in enumerate(cases.items())}
 
 
@@ -58,11 +70,15 @@ def flat(x: Tensor) -> Tensor:
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-@pytest.mark.parametrize('name', [*SHAPES, 'float32, far from zero'])
-def test_two_processes_are_one_batch(computed: dict, name: str) -> None:
+def assert_near(found: Tensor, expected: Tensor, bound: float) -> None:
+    scale = expected.abs().max().item() if expected.numel() else 0
+    torch.testing.assert_close(found.to(expected.dtype), expected.detach(), rtol=0, atol=bound * scale)
+
+
+@pytest.mark.parametrize('name', [*NAMES, 'far from zero'])
+def test_processes_are_one_batch(computed: dict, name: str) -> None:
     case, ranks = computed[name]
-    # Far from zero float32 itself resolves but 1e-4; E[x^2] - E[x]^2 would be wrong in the first digit.
-    bound = 1e-12 if case['state']['weight'].dtype == torch.float64 else 1e-3
+    bound = BOUNDS['far' if name == 'far from zero' else case['state']['weight'].dtype]
     norm = nn.BatchNorm1d(CHANNELS).double()
     norm.load_state_dict(case['state'])
     for step in range(STEPS):
@@ -70,28 +86,62 @@ def test_two_processes_are_one_batch(computed: dict, name: str) -> None:
         out = norm(x)
         (out * torch.cat([flat(rank[step][1].double()) for rank in case['steps']])).sum().backward()
         for what, expected in dict(outputs=out, gradients=x.grad).items():
-            found = torch.cat([flat(rank[what][step]) for rank in ranks]).double()
-            torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+            assert_near(torch.cat([flat(rank[what][step]) for rank in ranks]), expected, bound)
     for what in ('weight', 'bias'):
         # Each rank's own part: DDP adds them up.
-        found = (ranks[0][what] + ranks[1][what]).double()
-        torch.testing.assert_close(found, getattr(norm, what).grad, rtol=bound, atol=bound)
+        assert_near(sum(rank[what].double() for rank in ranks), getattr(norm, what).grad, bound)
     for rank, steps in zip(ranks, case['steps']):
-        for key, value in norm.state_dict().items():
-            torch.testing.assert_close(rank['state'][key].to(value.dtype), value, rtol=bound, atol=bound)
+        assert rank['state']['num_batches_tracked'] == STEPS
+        for key in ('running_mean', 'running_var'):
+            assert_near(rank['state'][key], getattr(norm, key), bound)
         x = flat(steps[0][0].double())
         expected = (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-        torch.testing.assert_close(flat(rank['eval']).double(), expected.detach(), rtol=0, atol=10 * bound)
+        assert_near(flat(rank['eval']), expected, 10 * bound)
 
 
-def test_one_process_of_a_group_is_plain_batch_norm(tmp_path: Path) -> None:
-    case = make_case([(2, CHANNELS, 6, 7)], torch.float64)
-    (result,), = run_processes([case], 1, tmp_path)
-    norm = nn.BatchNorm2d(CHANNELS).double()
+def test_half_precision_has_float32_statistics(computed: dict) -> None:
+    case, ranks = computed['half']
+    norm = nn.BatchNorm1d(CHANNELS).double()
     norm.load_state_dict(case['state'])
-    for (x, _), out in zip(case['steps'][0], result['outputs'], strict=True):
-        torch.testing.assert_close(out, norm(x), rtol=0, atol=1e-12)
-    torch.testing.assert_close(result['state'], norm.state_dict(), rtol=0, atol=1e-12)
+    for step in range(STEPS):
+        norm(torch.cat([flat(rank[step][0].double()) for rank in case['steps']]))
+    for rank in ranks:
+        assert rank['outputs'][0].dtype == rank['gradients'][0].dtype == torch.bfloat16
+        assert_near(rank['state']['running_mean'], norm.running_mean, 1e-5)
+        assert_near(rank['state']['running_var'], norm.running_var, 1e-5)
+
+
+def test_nothing_is_learnt_where_all_are_empty(computed: dict) -> None:
+    case, ranks = computed['all empty']
+    for rank in ranks:
+        assert rank['outputs'][0].shape == rank['gradients'][0].shape == (0, CHANNELS, 3, 3)
+        assert not rank['weight'].any() and not rank['bias'].any()
+        for key in ('running_mean', 'running_var'):
+            assert torch.equal(rank['state'][key], case['state'][key])
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures('group_of_one')
+def test_one_process_of_a_group_is_plain_batch_norm() -> None:
+    norm, plain = SyncBatchNorm(CHANNELS), nn.BatchNorm2d(CHANNELS)
+    x = torch.randn(2, CHANNELS, 6, 7)
+    assert torch.equal(norm(x), plain(x))
+    torch.testing.assert_close(norm.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_no_positives_in_the_only_process(device: torch.device) -> None:
+    """Plain batch norm refuses an empty batch."""
+    norm = SyncBatchNorm(CHANNELS).to(device)
+    x = torch.randn(0, CHANNELS, 6, 7, device=device, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad is not None and not norm.weight.grad.any()
+    assert (norm.running_mean == 0).all() and (norm.running_var == 1).all()
 
 
 def test_without_a_group_it_is_plain_batch_norm() -> None:
@@ -108,6 +158,60 @@ def test_build() -> None:
     layer = build_norm(dict(type='GN', num_groups=3), 6)
     assert isinstance(layer, nn.GroupNorm) and (layer.num_groups, layer.num_channels) == (3, 6)
     assert isinstance(build_norm(dict(type='SyncBN'), 6), SyncBatchNorm)
+
+
+STAND_IN = '''
+from torch import nn
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    pass
+'''
+
+
+@pytest.fixture
+def make_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Puts an ``apex`` of these files on the path; returns its folder."""
+    def make(**files: str) -> Path:
+        folder = tmp_path / 'apex'
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / f'{name}.py').write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        return folder
+
+    def forget() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == 'apex'}
+
+    before = forget()
+    yield make
+    forget()
+    sys.modules.update(before)
+
+
+def test_apex_where_it_is_installed(make_apex: Callable[..., Path]) -> None:
+    make_apex(__init__='', parallel=STAND_IN)
+    layer = build_norm(dict(type='ApexSyncBN', eps=1e-3, requires_grad=False), 6)
+    assert type(layer).__module__ == 'apex.parallel' and (layer.num_features, layer.eps) == (6, 1e-3)
+    assert not layer.weight.requires_grad
+    freeze_norm_statistics(layer.train())
+    assert not layer.training
+
+
+def test_apex_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ValueError) as error:
+        build_norm(dict(type='ApexSyncBN'), 6)
+    message = str(error.value)
+    assert 'is not installed (and not on PyPI): APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install' in message
+    assert 'git+https://github.com/NVIDIA/apex' in message and '\n' not in message
+
+
+@pytest.mark.parametrize('content, reason', [
+    ('from pyramid.session import Unencrypted', 'pyramid'), ('', 'apex.parallel'), ('1 / 0', 'division')])
+def test_apex_of_pypi_is_another_project(make_apex: Callable[..., Path], content: str, reason: str) -> None:
+    folder = make_apex(__init__=content)
+    with pytest.raises(ValueError, match=f'{folder}/__init__.py has no apex.parallel.SyncBatchNorm .*{reason}'
+                       '.*pip uninstall apex, then .*git.https://github.com/NVIDIA/apex'):
+        build_norm(dict(type='ApexSyncBN'), 6)
 
 
 def test_frozen_statistics_stay() -> None:
