@@ -2,17 +2,19 @@
 
 from mmdet.engine.amp import AmpOptimWrapper
 from mmdet.engine.hooks import (
+    BatchSizeHook,
     CheckpointHook,
     ClassesHook,
     DrawHook,
     EpochSeedHook,
     LoggerHook,
     LossHook,
+    PreciseBNHook,
     SyncBuffersHook,
 )
 from mmdet.engine.runner import DetectionRunner
 
 __all__ = [
-    'AmpOptimWrapper', 'CheckpointHook', 'ClassesHook', 'DetectionRunner', 'DrawHook', 'EpochSeedHook',
-    'LoggerHook', 'LossHook', 'SyncBuffersHook',
+    'AmpOptimWrapper', 'BatchSizeHook', 'CheckpointHook', 'ClassesHook', 'DetectionRunner', 'DrawHook',
+    'EpochSeedHook', 'LoggerHook', 'LossHook', 'PreciseBNHook', 'SyncBuffersHook',
 ]

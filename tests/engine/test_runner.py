@@ -11,6 +11,9 @@ import torch
 from mmdet.checkpoint import load_file, save_checkpoint
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE))  # as its processes have it
+
+from toy import ToyDataset, ToyModel  # noqa: E402
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -61,6 +64,21 @@ def test_two_and_two_epochs_are_four_on_two_processes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+    # An epoch is all twelve images, so PreciseBNHook's statistics are those of one batch of them.
+    state = load_file(tmp_path / 'four' / 'epoch_4.pth')['state_dict']
+    x = torch.stack([ToyDataset()[i]['inputs'] for i in range(12)]).double()
+    out = torch.nn.functional.conv2d(x, state['conv.weight'].double(), state['conv.bias'].double())
+    variance, mean = torch.var_mean(out, (0, 2, 3))
+    torch.testing.assert_close(state['bn.running_mean'].double(), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(state['bn.running_var'].double(), variance, rtol=1e-6, atol=0)
+    # Saved and evaluated by iteration, plain batch norm, whose statistics differ between processes.
+    torch.set_num_threads(1)  # as torch.distributed.run gives each
+    model = ToyModel().eval()
+    model.load_state_dict(load_file(tmp_path / 'iters' / 'iter_3.pth')['state_dict'])
+    images = [ToyDataset()[i]['inputs'][None] for i in range(5)]
+    with torch.no_grad():
+        scores = [model(image, None, 'predict')[0]['score'].item() for image in images]
+    assert eval((tmp_path / 'iters.txt').read_text()) == scores
 
 
 def test_a_resumed_schedule_goes_on_where_it_was(toy_runner, tmp_path: Path) -> None:

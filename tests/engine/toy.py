@@ -9,6 +9,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mmdet.models.layers.norm import build_norm
 from mmdet.registry import DATASETS, METRICS, MODELS
 
 
@@ -16,10 +17,10 @@ from mmdet.registry import DATASETS, METRICS, MODELS
 class ToyModel(BaseModel):
     """Convolution, batch norm, and a loss with a random mask, so that random state matters."""
 
-    def __init__(self, nan_from: int = -1) -> None:
+    def __init__(self, nan_from: int = -1, norm: str = 'BN') -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
+        self.bn = build_norm(dict(type=norm), 4)
         self.fc = nn.Linear(4, 1)
         self.steps = 0
         self.nan_from = nan_from

@@ -1,4 +1,4 @@
-"""Run by torch.distributed.run: four epochs at once and two and two, into the folder given."""
+"""Run by torch.distributed.run: four epochs at once and two and two, and three iterations, into a folder."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,12 @@ def train(name: str, **options: object) -> None:
     DetectionRunner.from_cfg(cfg).train()
 
 
-train('four', val_cfg=None, val_dataloader=None, val_evaluator=None)
-train('two', **{'train_cfg.max_epochs': 2})
-train('rest', load_from=str(folder / 'two' / 'epoch_2.pth'), resume=True)
+precise = dict(custom_hooks=[dict(type='PreciseBNHook', num_iters=9, interval=2)])
+train('four', val_cfg=None, val_dataloader=None, val_evaluator=None, **precise)
+train('two', **precise, **{'train_cfg.max_epochs': 2})
+train('rest', **precise, load_from=str(folder / 'two' / 'epoch_2.pth'), resume=True)
+train('iters', **{
+    'train_cfg': dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3, val_interval=3),
+    'val_evaluator.out': str(folder / 'iters.txt'),
+    'default_hooks.checkpoint': dict(by_epoch=False, interval=3)})
 torch.distributed.destroy_process_group()

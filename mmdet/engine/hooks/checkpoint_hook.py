@@ -8,14 +8,19 @@ from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from mmdet.checkpoint import write_text
+from mmdet.engine.hooks.training_hooks import broadcast_buffers
 from mmdet.registry import HOOKS
 
 
 @HOOKS.register_module()
 class CheckpointHook(mmengine.hooks.CheckpointHook):
-    """mmengine's, but an old checkpoint is removed only when the new one is whole on disk."""
+    """mmengine's, but an old checkpoint is removed only when the new one is whole on disk.
+
+    All processes go on with the buffers of the first, which are those in the file.
+    """
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
+        broadcast_buffers(runner.model)
         folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
         outdated = []
         if self.max_keep_ckpts > 0:

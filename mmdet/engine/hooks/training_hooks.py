@@ -1,4 +1,4 @@
-"""The hooks that every run has: classes, random numbers, losses, buffers."""
+"""The hooks that every run has: classes, random numbers, losses, buffers, batch size."""
 
 import random
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from mmengine import dist
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import nn
 
 from mmdet.registry import HOOKS
 
@@ -98,12 +99,45 @@ class LossHook(Hook):
 
 @HOOKS.register_module()
 class SyncBuffersHook(Hook):
-    """Give every process the buffers (running statistics) of the first one after each epoch.
+    """Evaluate the model that is saved: in all processes, with the buffers of the first.
 
-    So the checkpoint, which the first process writes, is the model that all of them evaluate and resume.
     mmengine's hook of this name averages instead, which alters constants by rounding.
     """
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        for buffer in runner.model.buffers():
-            dist.broadcast(buffer)
+    priority = 'VERY_LOW'  # after EMAHook has put its averages in place
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        broadcast_buffers(runner.model)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the buffers (running statistics) of the first one. All processes must call it."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer)
+
+
+@HOOKS.register_module()
+class BatchSizeHook(Hook):
+    """Warn where batch norm is trained on the statistics of few images.
+
+    Args:
+        enough: images a step that are enough; error grows fast below 8 (Wu and He 2018, Group
+            Normalization, Fig. 1).
+    """
+
+    def __init__(self, enough: int = 8) -> None:
+        self.enough = enough
+
+    def before_train(self, runner: Runner) -> None:
+        runner.model.train()  # as the loop does next; says which batch norms use their running statistics
+        own = runner.train_dataloader.batch_sampler.batch_size
+        images = {name: own * (runner.world_size if 'Sync' in type(module).__name__ else 1)
+                  for name, module in runner.bare_model.named_modules()
+                  if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training}
+        few = {name: number for name, number in images.items() if number < self.enough}
+        if few:
+            first, number = min(few.items(), key=lambda item: item[1])
+            runner.logger.warning(
+                f'Trained batch norm (layers: {len(few)}, first: {first}) has statistics of {number} images '
+                f'a step, which are noisy below {self.enough}: raise train_dataloader.batch_size, use '
+                "norm_cfg.type='SyncBN' on more processes, or fix the statistics with norm_eval=True")

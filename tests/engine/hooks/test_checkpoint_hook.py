@@ -1,6 +1,8 @@
 from collections import deque
 from pathlib import Path
 
+from torch import nn
+
 from mmdet.engine.hooks.checkpoint_hook import CheckpointHook
 
 
@@ -9,6 +11,7 @@ class Recorder:
 
     def __init__(self, work_dir: Path) -> None:
         self.work_dir = str(work_dir)
+        self.model = nn.BatchNorm2d(1)
         self.present: list[list[str]] = []
         self.message_hub = self
         self.runtime_info: dict = {}

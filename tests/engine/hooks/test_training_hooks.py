@@ -1,12 +1,15 @@
+import logging
 import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mmdet.datasets.coco import CocoDataset
-from mmdet.engine.hooks.training_hooks import ClassesHook, EpochSeedHook, LossHook
+from mmdet.engine.hooks.training_hooks import BatchSizeHook, ClassesHook, EpochSeedHook, LossHook
+from mmdet.models.layers.norm import SyncBatchNorm
 
 
 def draws(seed: int, epoch: int, rank: int) -> tuple[float, float, float]:
@@ -70,3 +73,26 @@ def test_finite_losses_pass_unchanged() -> None:
     losses = dict(loss=torch.tensor(2.0), acc=torch.tensor([50.0])[0])
     LossHook().after_train_iter(SimpleNamespace(), batch_idx=0, outputs=losses)
     assert {name: value.item() for name, value in losses.items()} == dict(loss=2.0, acc=50.0)
+
+
+class FixedNorm(nn.BatchNorm2d):
+    """Stays in eval mode."""
+
+    def train(self, mode: bool = True) -> 'FixedNorm':
+        return super().train(False)
+
+
+@pytest.mark.parametrize('norm, batch, processes, number', [
+    (nn.BatchNorm2d, 4, 2, 4), (nn.BatchNorm2d, 4, 8, 4), (nn.BatchNorm2d, 8, 1, None),
+    (SyncBatchNorm, 2, 3, 6), (SyncBatchNorm, 1, 8, None), (FixedNorm, 1, 1, None)])
+def test_few_images_for_batch_norm(caplog: pytest.LogCaptureFixture, norm: type[nn.Module], batch: int,
+                                   processes: int, number: int | None) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(norm(3), norm(3))).eval()
+    runner = SimpleNamespace(
+        model=model, bare_model=model, world_size=processes, logger=logging.getLogger('few images'),
+        train_dataloader=SimpleNamespace(batch_sampler=SimpleNamespace(batch_size=batch)))
+    BatchSizeHook().before_train(runner)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (number is not None)
+    if said:
+        assert said[0].startswith(f'Trained batch norm (layers: 2, first: 1.0) has statistics of {number} im')
