@@ -113,7 +113,10 @@ print(json.dumps(results))
 
 
 def test_train_resume_and_test(data: Path, tmp_path: Path) -> None:
-    out = run(tmp_path, 'train.py', data, '--validate', '--seed', 1, '--work_dir', 'w',
+    parts = ('backbone', 'neck', 'roi_head__mask_head')
+    model: dict = {f'model__{part}__norm_cfg__type': 'SyncBN' for part in parts}
+    model['model__test_cfg__rcnn__score_thr'] = 0
+    out = run(tmp_path, 'train.py', data, '--validate', '--seed', 1, '--work_dir', 'w', **model,
               default_hooks__checkpoint__max_keep_ckpts=5)
     for epoch in (1, 2):
         assert load_file(tmp_path / 'w' / f'epoch_{epoch}.pth')['meta']['epoch'] == epoch
@@ -124,13 +127,16 @@ def test_train_resume_and_test(data: Path, tmp_path: Path) -> None:
     losses = [line['loss'] for line in lines if 'loss' in line]
     assert len(losses) == 12 and np.isfinite(losses).all()
 
-    out = run(tmp_path, 'train.py', data, '--resume_from', 'w/epoch_2.pth', '--work_dir', 'w',
-              train_cfg__max_epochs=3)
+    out = run(tmp_path, 'train.py', data, '--resume_from', 'w/epoch_2.pth', '--work_dir', 'w', '--validate',
+              **model, train_cfg__max_epochs=3, val_evaluator__outfile_prefix='val')
     assert 'Resumed from' in out
     assert load_file(tmp_path / 'w' / 'epoch_3.pth')['meta']['epoch'] == 3
 
     out = run(tmp_path, 'test.py', data, 'w/epoch_3.pth', '--out', 'r.pkl', '--eval', 'bbox', 'segm',
-              model__test_cfg__rcnn__score_thr=0)
+              '--json_prefix', 'test', **model)
+    for kind in ('bbox', 'segm'):
+        # What training evaluated is what the checkpoint gives, to the bit.
+        assert (tmp_path / f'val.{kind}.json').read_bytes() == (tmp_path / f'test.{kind}.json').read_bytes()
     assert all(name in out for name in CLASSES) and 'Average Precision' in out
     results = read_without_torch(tmp_path / 'r.pkl')
     assert [r['img_id'] for r in results] == list(range(1, 13))

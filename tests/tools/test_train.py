@@ -16,7 +16,8 @@ ON_CPU = dict(CUDA_VISIBLE_DEVICES='')
 
 
 def test_two_processes_train_validate_and_resume(run_toy, tmp_path: Path) -> None:
-    options = ('--validate', '2', '--work-dir', 'w', '--cfg-options', 'train_dataloader.num_workers=1')
+    options = ('--validate', '2', '--work-dir', 'w', '--cfg-options', 'train_dataloader.num_workers=1',
+               'model.norm=SyncBN', 'val_evaluator.out=val.pkl')
     done = run_toy('tools/dist_train.sh', TOY, 2, '--seed', 5, *options, 'train_cfg.max_epochs=2', **ON_CPU)
     assert done.returncode == 0, done.stderr
     threads = max(len(os.sched_getaffinity(0)) // 2, 1)
@@ -34,6 +35,13 @@ def test_two_processes_train_validate_and_resume(run_toy, tmp_path: Path) -> Non
         f'Resumed from {tmp_path}/w/epoch_2.pth' in done.stdout or 'Resumed from w/epoch_2.pth' in done.stdout
     )
     assert load_file(tmp_path / 'w' / 'epoch_4.pth')['meta']['seed'] == 5
+    assert 'Trained batch norm (layers: 1, first: bn) has statistics of 4 images a step' in done.stdout
+
+    # What training evaluated is what the checkpoint gives, to the bit.
+    done = run_toy('tools/test.py', TOY, 'w/epoch_4.pth', '--gpus', 2, '--out', 'test.pkl',
+                   '--cfg-options', 'model.norm=SyncBN', **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'val.pkl').read_text() == (tmp_path / 'test.pkl').read_text()
 
 
 def test_no_evaluation_without_validate_and_a_default_work_dir(run_toy, tmp_path: Path) -> None:
