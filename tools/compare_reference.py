@@ -3,15 +3,13 @@
     python tools/compare_reference.py CONFIG REFERENCE.json [--dtype float64]
 
 REFERENCE.json holds what mmdetection 3.3 computes; the weights come from `fill.py` and the images
-from `inputs.npz`, which lie beside it. Or it holds what the 2019 code computes (compare_golden.py).
-Prints a table and exits with 1 if anything differs.
+from `inputs.npz`, which lie beside it. Its `edits` of losses and RoIAlign are applied to the config,
+before --cfg-options. Or it holds what the 2019 code computes (compare_golden.py). Prints a table and
+what the file does not record, and exits with 1 if anything differs.
 """
 
 import argparse
-import importlib.util
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,10 @@ import numpy as np
 import torch
 from compare_golden import compare_golden, is_golden
 from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
-from mmengine.config import Config
+from reference_file import Arrays, apply_edits, build_model, load_arrays, load_batch, read_json
 from torch import Tensor, nn
 
-from mmdet.registry import MODELS
 from mmdet.structures.boxes import Proposals, box_iou
-from mmdet.structures.data_sample import DataSample
 from mmdet.utils.config import CfgOptions, load_config
 
 # (features and maps in standard deviations, losses relative, gradient norms relative, score)
@@ -33,68 +29,6 @@ BOUNDS = {torch.float32: (1e-5, 1e-5, 1e-3, 1e-4), torch.float64: (1e-9, 1e-9, 1
 BATCH_STATISTICS_GRAD_BOUND = {torch.float32: 5e-3, torch.float64: 1e-9}
 BOX_BOUND = {torch.float32: 1e-2, torch.float64: 1e-6}
 EXCHANGED_BOUND = {torch.float32: 1e-2, torch.float64: 0}
-SAMPLES_OF_EVERYTHING = 1_000_000
-
-
-Arrays = dict[str, np.ndarray]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a reference file holds."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{path}: not a JSON file: {error}') from error
-
-
-def load_reference(path: Path) -> tuple[dict[str, Any], Arrays, Arrays, Callable]:
-    """The recorded numbers, their arrays, the input images, and the function that fills weights."""
-    reference = read_json(path)
-    if 'arrays' not in reference or 'weights' not in reference:
-        raise ValueError(f'{path}: not a reference file; it has no "arrays" and "weights"')
-    spec = importlib.util.spec_from_file_location('fill', path.parent / 'fill.py')
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    arrays = dict(np.load(path.parent / reference['arrays']))
-    return reference, arrays, dict(np.load(path.parent / 'inputs.npz')), module.fill
-
-
-def build_model(cfg: Config, fill: Callable, dtype: torch.dtype) -> Any:
-    """The config's detector with filled weights, and with samplers that keep every box."""
-    cfg.model.backbone.pretrained = None
-    rcnn = cfg.model.train_cfg.rcnn
-    for stage in [cfg.model.train_cfg.rpn, *(rcnn if isinstance(rcnn, list) else [rcnn])]:
-        stage.sampler.num = SAMPLES_OF_EVERYTHING
-    cfg.model.train_cfg.rpn_proposal.update(nms_pre=500, max_per_img=300)
-    model = MODELS.build(cfg.model).to(dtype)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            value = fill(name, tensor.shape)
-            if value is not None:
-                tensor.copy_(torch.from_numpy(np.asarray(value)))
-    return model
-
-
-def load_batch(inputs: Arrays) -> dict[str, Any]:
-    """The images and annotations of inputs.npz as the loader would give them."""
-    images, samples = [], []
-    for i in range(sum(name.startswith('img_') for name in inputs)):
-        image = inputs[f'img_{i}']
-        shape = inputs[f'masks_shape_{i}']
-        masks = np.unpackbits(inputs[f'masks_packed_{i}'])[:shape.prod()].reshape(shape)
-        images.append(torch.from_numpy(image).permute(2, 0, 1))
-        samples.append(DataSample(
-            img_id=int(inputs[f'id_{i}']),
-            img_path=f'image {i}',
-            ori_shape=tuple(inputs[f'ori_shape_{i}'].tolist()),
-            img_shape=image.shape[:2],
-            scale_factor=tuple(inputs[f'scale_wh_{i}'].tolist()),
-            boxes=torch.from_numpy(inputs[f'boxes_{i}']),
-            labels=torch.from_numpy(inputs[f'labels_{i}']),
-            masks=torch.from_numpy(masks)))
-    return dict(inputs=images, data_samples=samples)
-
 
 def tensor_error(tensor: Tensor, recorded: dict[str, Any]) -> float:
     """Largest error of a tensor's recorded statistics and samples, in its standard deviations."""
@@ -117,42 +51,55 @@ def compare_inference(model: Any, batch: dict[str, Any], reference: dict[str, An
     model.eval()
     data = model.data_preprocessor(batch)
     samples = data['data_samples']
-    out.add('input', tensor_error(data['inputs'], reference['input']), bound)
+    if out.has(reference, 'input'):
+        out.add('input', tensor_error(data['inputs'], reference['input']), bound)
     backbone = model.backbone(data['inputs'])
     features = model.neck(backbone)
     cls_maps, reg_maps = model.rpn_head(features)
     for name, levels in dict(backbone=backbone, neck=features, rpn_cls=cls_maps, rpn_reg=reg_maps).items():
-        for i, (level, recorded) in enumerate(zip(levels, reference[name], strict=True)):
-            out.add(f'{name}[{i}]', tensor_error(level, recorded), bound)
+        if out.has(reference, name):
+            for i, (level, recorded) in enumerate(zip(levels, reference[name], strict=True)):
+                out.add(f'{name}[{i}]', tensor_error(level, recorded), bound)
 
     proposals = model.rpn_head.predict(features, samples, model.test_proposal_cfg)
-    for i, found in enumerate(proposals):
-        scores = arrays[f'prop_scores_{i}']
-        _, box_error, score_error = match(found.boxes, found.scores, arrays[f'prop_boxes_{i}'], scores)
-        threshold = model.test_proposal_cfg['nms']['iou_threshold']
-        rivals = exchanged(found, arrays[f'prop_boxes_{i}'], scores, threshold)
-        rivals &= box_error > BOX_BOUND[dtype]
-        out.add(f'proposals of image {i}: boxes (pixels), but for {rivals.sum()} ties',
-                box_error[~rivals].max(initial=0), BOX_BOUND[dtype])
-        out.add(f'proposals of image {i}: share of such ties', rivals.mean(), EXCHANGED_BOUND[dtype])
-        out.add(f'proposals of image {i}: scores', score_error.max(), score_bound)
-        out.add(f'proposals of image {i}: number', abs(len(found.boxes) - reference['proposals'][i]), 0)
+    threshold = model.test_proposal_cfg['nms']['iou_threshold']
+    compare_proposals(proposals, threshold, reference, arrays, dtype, out)
+    if out.has(reference, 'fixed_roi_heads') and out.has(arrays, 'fixed_rois'):
+        compare_heads(model.roi_head, features, stages_of(reference['fixed_roi_heads']), arrays, bound, out)
 
-    compare_heads(model.roi_head, features, reference, arrays, bound, out)
-
+    if not out.has(reference, 'detections'):
+        return
     results = model.roi_head.predict(features, proposals, samples)
     for i, (result, recorded) in enumerate(zip(results, reference['detections'], strict=True)):
         out.add(f'detections of image {i}: number', abs(len(result['boxes']) - recorded['n']), 0)
-        if recorded['n'] == 0 or len(result['boxes']) == 0:
+        if recorded['n'] == 0 or len(result['boxes']) == 0 or not out.has(arrays, f'det_boxes_{i}'):
             continue
         index, box_error, score_error = match(
             result['boxes'], result['scores'], arrays[f'det_boxes_{i}'], arrays[f'det_scores_{i}'],
             result['labels'], arrays[f'det_labels_{i}'])
         out.add(f'detections of image {i}: boxes (pixels)', box_error.max(), BOX_BOUND[dtype])
         out.add(f'detections of image {i}: scores', score_error.max(), score_bound)
-        if 'masks' in result:
-            ious = [mask_iou(result['masks'][j], rle) for j, rle in zip(index, recorded['rle'])]
+        if 'masks' in result and out.has(recorded, 'rle', f'masks of image {i}'):
+            ious = [mask_iou(result['masks'][j], rle) for j, rle in zip(index, recorded['rle'], strict=True)]
             out.add(f'detections of image {i}: 1 - mask IoU', 1 - min(ious), 1 - MASK_IOU_BOUND)
+
+
+def compare_proposals(proposals: list[Proposals], iou_threshold: float, reference: dict[str, Any],
+                      arrays: Arrays, dtype: torch.dtype, out: Comparison) -> None:
+    """Boxes, scores and number of each image's proposals."""
+    for i, found in enumerate(proposals):
+        what = f'proposals of image {i}'
+        if out.has(reference, 'proposals', f'number of {what}'):
+            out.add(f'{what}: number', abs(len(found.boxes) - reference['proposals'][i]), 0)
+        if not out.has(arrays, f'prop_boxes_{i}', what):
+            continue
+        boxes, scores = arrays[f'prop_boxes_{i}'], arrays[f'prop_scores_{i}']
+        _, box_error, score_error = match(found.boxes, found.scores, boxes, scores)
+        rivals = exchanged(found, boxes, scores, iou_threshold) & (box_error > BOX_BOUND[dtype])
+        out.add(f'{what}: boxes (pixels), but for {rivals.sum()} ties',
+                box_error[~rivals].max(initial=0), BOX_BOUND[dtype])
+        out.add(f'{what}: share of such ties', rivals.mean(), EXCHANGED_BOUND[dtype])
+        out.add(f'{what}: scores', score_error.max(), BOUNDS[dtype][3])
 
 
 def exchanged(found: Proposals, boxes: np.ndarray, scores: np.ndarray, iou_threshold: float) -> np.ndarray:
@@ -166,8 +113,15 @@ def exchanged(found: Proposals, boxes: np.ndarray, scores: np.ndarray, iou_thres
     return ((overlaps > iou_threshold) & ties).any(dim=1).numpy()
 
 
-def compare_heads(roi_head: Any, features: list[Tensor], reference: dict[str, Any], arrays: Arrays,
-                  bound: float, out: Comparison) -> None:
+def stages_of(recorded: Any) -> list[dict[str, Any]]:
+    """The heads' outputs, a dict a stage: recorded as a list, as a dict of stages, or as a single stage."""
+    if isinstance(recorded, list):
+        return recorded
+    return [recorded] if 'cls_score' in recorded else list(recorded.values())
+
+
+def compare_heads(roi_head: Any, features: list[Tensor], recorded_stages: list[dict[str, Any]],
+                  arrays: Arrays, bound: float, out: Comparison) -> None:
     """RoI features and the outputs of each stage's heads on the recorded RoIs."""
     rois = torch.from_numpy(arrays['fixed_rois']).to(features[0].dtype)
     def stages(module: nn.Module) -> list[Any]:
@@ -175,11 +129,10 @@ def compare_heads(roi_head: Any, features: list[Tensor], reference: dict[str, An
 
     bbox_heads = stages(roi_head.bbox_head)
     mask_heads = stages(roi_head.mask_head) if roi_head.mask_head is not None else [None] * len(bbox_heads)
-    if len(bbox_heads) != len(reference['fixed_roi_heads']):
+    if len(bbox_heads) != len(recorded_stages):
         raise ValueError(f'the RoI head has {len(bbox_heads)} stages, that of the reference '
-                         f'{len(reference["fixed_roi_heads"])}: is the reference of another config?')
-    heads = zip(bbox_heads, mask_heads, reference['fixed_roi_heads'])
-    for i, (bbox_head, mask_head, recorded) in enumerate(heads):
+                         f'{len(recorded_stages)}: is the reference of another config?')
+    for i, (bbox_head, mask_head, recorded) in enumerate(zip(bbox_heads, mask_heads, recorded_stages)):
         stage = f'stage {i}: ' if len(bbox_heads) > 1 else ''
         box_features = roi_head.bbox_roi_extractor(features, rois)
         logits, deltas = bbox_head(box_features)
@@ -188,36 +141,54 @@ def compare_heads(roi_head: Any, features: list[Tensor], reference: dict[str, An
             found['mask_roi_feats'] = roi_head.mask_roi_extractor(features, rois)
             found['mask_logits'] = mask_head(found['mask_roi_feats'])
         for name, tensor in found.items():
-            out.add(f'{stage}{name} of fixed RoIs', tensor_error(tensor, recorded[name]), bound)
+            if out.has(recorded, name, f'{stage}{name} of fixed RoIs'):
+                out.add(f'{stage}{name} of fixed RoIs', tensor_error(tensor, recorded[name]), bound)
         for name, tensor in ((f'fixed_cls_{i}', logits), (f'fixed_reg_{i}', deltas)):
-            expected = torch.from_numpy(arrays[name]).double()
-            error = (tensor.double() - expected).abs().max() / expected.std()
-            out.add(f'{stage}{name}, every value', error, bound)
+            if out.has(arrays, name):
+                expected = torch.from_numpy(arrays[name]).double()
+                error = (tensor.double() - expected).abs().max() / expected.std()
+                out.add(f'{stage}{name}, every value', error, bound)
 
 
 def compare_training(model: Any, batch: dict[str, Any], reference: dict[str, Any], out: Comparison) -> None:
     """Losses, gradients, what is frozen, and the running statistics after one step."""
     dtype = model.data_preprocessor.mean.dtype
-    bound, loss_bound, grad_bound, _ = BOUNDS[dtype]
-    if reference['bn_after']:
-        grad_bound = BATCH_STATISTICS_GRAD_BOUND[dtype]
+    _, loss_bound, _, _ = BOUNDS[dtype]
     model.train()
     data = model.data_preprocessor(batch, training=True)
     losses = model(**data, mode='loss')
-    if losses.keys() != reference['losses'].keys():
-        raise ValueError(f'the losses are {list(losses)}, the reference has {list(reference["losses"])}: '
-                         'is the reference of another config?')
-    for name, recorded in reference['losses'].items():
-        # mmdetection logs the RPN's losses a level each.
-        expected = sum(recorded) if isinstance(recorded, list) else recorded
-        out.add(name, abs(losses[name].item() - expected) / max(abs(expected), 1e-12), loss_bound)
     total = sum(loss for name, loss in losses.items() if 'loss' in name)
-    out.add('total loss', abs(total.item() - reference['loss_total']) / reference['loss_total'], loss_bound)
+    if out.has(reference, 'losses'):
+        if losses.keys() != reference['losses'].keys():
+            raise ValueError(f'the losses are {list(losses)}, the reference has {list(reference["losses"])}: '
+                             'is the reference of another config?')
+        for name, recorded in reference['losses'].items():
+            # mmdetection logs the RPN's losses a level each.
+            expected = sum(recorded) if isinstance(recorded, list) else recorded
+            out.add(name, abs(losses[name].item() - expected) / max(abs(expected), 1e-12), loss_bound)
+    if out.has(reference, 'loss_total'):
+        expected = reference['loss_total']
+        out.add('total loss', abs(total.item() - expected) / expected, loss_bound)
     total.backward()
+    compare_gradients(model, reference, out)
+    compare_statistics(model, reference, out)
 
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether any batch norm of a model in training mode uses the batch's own statistics."""
+    return any(m.training for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+def compare_gradients(model: nn.Module, reference: dict[str, Any], out: Comparison) -> None:
+    """Which parameters are frozen, and the norms of the others' gradients."""
     parameters = dict(model.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    bound = BATCH_STATISTICS_GRAD_BOUND[dtype] if has_batch_statistics(model) else BOUNDS[dtype][2]
     frozen = {name for name, p in parameters.items() if p.grad is None}
-    out.add('names of frozen parameters', len(frozen ^ set(reference['no_grad'])), 0)
+    if out.has(reference, 'no_grad'):
+        out.add('names of frozen parameters', len(frozen ^ set(reference['no_grad'])), 0)
+    if not out.has(reference, 'grads'):
+        return
     out.add('names of trained parameters', len((parameters.keys() - frozen) ^ reference['grads'].keys()), 0)
     errors = {}
     for name, (_, expected_norm, *_) in reference['grads'].items():
@@ -228,13 +199,23 @@ def compare_training(model: Any, batch: dict[str, Any], reference: dict[str, Any
         # The softmax over positions does not see a common bias: its gradient is exactly zero.
         scale = 1.0 if name.endswith('conv_mask.bias') else max(expected_norm, 1e-12)
         errors[name] = abs(float(grad.double().norm()) - expected_norm) / scale
-    out.add(*worst_of('gradient norms', errors), grad_bound)
-
-    buffers = dict(model.named_buffers())
-    errors = {name: buffer_error(buffers[name], recorded) for name, recorded in reference['bn_after'].items()
-              if name in buffers}
     if errors:
-        out.add(*worst_of('running statistics after the step', errors), bound)
+        out.add(*worst_of('gradient norms', errors), bound)
+
+
+def compare_statistics(model: nn.Module, reference: dict[str, Any], out: Comparison) -> None:
+    """Running statistics after the step; only of a model that has batch statistics are they recorded."""
+    recorded = reference.get('bn_after') or {}
+    if not recorded:
+        if has_batch_statistics(model):
+            out.absent.append('bn_after')
+        return
+    buffers = dict(model.named_buffers())
+    out.add('names of running statistics', len(recorded.keys() - buffers.keys()), 0)
+    errors = {name: buffer_error(buffers[name], recorded[name]) for name in recorded.keys() & buffers.keys()}
+    if errors:
+        dtype = next(model.parameters()).dtype
+        out.add(*worst_of('running statistics after the step', errors), BOUNDS[dtype][0])
 
 
 def worst_of(what: str, errors: dict[str, float]) -> tuple[str, float]:
@@ -245,12 +226,22 @@ def worst_of(what: str, errors: dict[str, float]) -> tuple[str, float]:
 
 
 def buffer_error(tensor: Tensor, recorded: Any) -> float:
-    """Error of a buffer recorded as statistics, or as [sum, norm, first values]."""
+    """Error of a buffer recorded as statistics, [sum, norm, first values], all values, or as weights are."""
     if isinstance(recorded, dict):
         return tensor_error(tensor, recorded)
     wide = tensor.double().flatten()
-    found = [wide.sum(), wide.norm(), *wide[:len(recorded) - 2]]
-    return max(abs(float(a) - b) for a, b in zip(found, recorded)) / max(abs(recorded[1]), 1e-12)
+    if isinstance(recorded, list) and isinstance(recorded[0], list):
+        shape, *recorded = recorded
+        if list(tensor.shape) != shape:
+            return float('inf')
+        found = [wide.abs().sum(), wide[0]]
+    elif not isinstance(recorded, list) or len(recorded) == tensor.numel():
+        recorded = recorded if isinstance(recorded, list) else [recorded]
+        found = list(wide)
+    else:
+        found = [wide.sum(), wide.norm(), *wide[:len(recorded) - 2]]
+    scale = max(float(wide.norm()), 1e-12)
+    return max(abs(float(a) - b) for a, b in zip(found, recorded, strict=True)) / scale
 
 
 def compare_weights(model: Any, reference: dict[str, Any], out: Comparison) -> None:
@@ -272,14 +263,18 @@ def compare_weights(model: Any, reference: dict[str, Any], out: Comparison) -> N
 def compare(config: str, reference_path: Path, dtype: torch.dtype | None = None,
             cfg_options: dict[str, Any] | None = None) -> Comparison:
     """Everything, in the reference's dtype unless another is given."""
-    golden = read_json(reference_path)
-    if is_golden(golden):
-        print(f'{config} against {golden["config"]} of 2019 in torch.float32')
-        return compare_golden(load_config(config, cfg_options), reference_path, golden)
-    reference, arrays, inputs, fill = load_reference(reference_path)
+    reference = read_json(reference_path)
+    if is_golden(reference):
+        print(f'{config} against {reference["config"]} of 2019 in torch.float32')
+        return compare_golden(load_config(config, cfg_options), reference_path, reference)
+    arrays, inputs, fill = load_arrays(reference_path, reference)
     dtype = dtype or getattr(torch, reference['dtype'].removeprefix('torch.'))
-    print(f'{config} against {reference["config"]} {reference["edits"] or ""} in {dtype}')
-    model = build_model(load_config(config, cfg_options), fill, dtype)
+    cfg = load_config(config, cfg_options)
+    edits = apply_edits(cfg, reference)
+    cfg.merge_from_dict(cfg_options or {})
+    print(f'{config} against {reference.get("config", reference_path)} in {dtype}')
+    print(f'its edits: {reference.get("edits") or "none"}; applied here: {", ".join(edits) or "none"}')
+    model = build_model(cfg, fill, dtype)
     batch = load_batch(inputs)
     out = Comparison()
     compare_weights(model, reference, out)
@@ -304,6 +299,8 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     print(out.table())
+    if out.absent:
+        print(f'not recorded, so not compared: {", ".join(out.absent)}')
     if out.failed:
         print(f'{len(out.failed)} of {len(out.rows)} comparisons differ: {", ".join(out.failed)}')
         return 1

@@ -1,5 +1,6 @@
 """What the comparisons with recorded numbers share: the table of errors, and matching of detections."""
 
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,22 @@ MASK_IOU_BOUND = 0.99
 
 
 class Comparison:
-    """Rows of (what, largest error, bound)."""
+    """Rows of (what, largest error, bound), and what could not be compared because it is not recorded."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, float]] = []
+        self.absent: list[str] = []
 
     def add(self, what: str, error: float, bound: float) -> None:
         self.rows.append((what, float(error), bound))
+
+    def has(self, recorded: Mapping[str, Any], key: str, what: str = '') -> bool:
+        """Whether ``recorded`` holds anything under ``key``; what is not there is noted."""
+        value = recorded.get(key)
+        found = value is not None and not (isinstance(value, Sized) and len(value) == 0)
+        if not found:
+            self.absent.append(what or key)
+        return found
 
     @property
     def failed(self) -> list[str]:

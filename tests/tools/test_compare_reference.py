@@ -151,3 +151,76 @@ def test_running_statistics_are_sum_norm_and_first_values() -> None:
     buffer = torch.tensor([3.0, 4.0])
     assert tool.buffer_error(buffer, [7.0, 5.0, 3.0, 4.0]) == 0
     assert tool.buffer_error(buffer, [7.0, 5.0, 3.0, 4.5]) == pytest.approx(0.1)
+
+
+SMOOTH_L1 = ['SmoothL1 in bbox_head', 'SmoothL1 in rpn_head']
+SAMPLING = ['sampling_ratio=2 in bbox_roi_extractor', 'sampling_ratio=2 in mask_roi_extractor']
+
+
+@pytest.mark.parametrize('recorded, changed', [
+    (dict(edits=[]), []),
+    (dict(), []),
+    (dict(edits=['SyncBN -> BN', 'train_cfg.rcnn.sampler.num=1e6']), []),
+    (dict(model='gcb_r4_r50_legacy', edits=[]), SMOOTH_L1 + SAMPLING),
+    (dict(edits=['losses: SmoothL1 beta 1/9 and 1', 'RoIAlign sampling 2']), SMOOTH_L1 + SAMPLING),
+    (dict(edits='SmoothL1 in the RPN; sampling_ratio 2'), SMOOTH_L1[1:] + SAMPLING),
+    (dict(edits=[['rpn_head.loss_bbox', dict(type='SmoothL1Loss', beta=1 / 9)]]), SMOOTH_L1[1:]),
+    (dict(edits={'roi_head.bbox_head.loss_bbox': dict(type='SmoothL1Loss', beta=1.0)}), SMOOTH_L1[:1]),
+    (dict(edits={'roi_head.mask_roi_extractor.roi_layer.sampling_ratio': 2}), SAMPLING[1:])])
+def test_edits_of_a_reference(recorded: dict, changed: list[str]) -> None:
+    cfg = tool.load_config(PLAIN)
+    assert tool.apply_edits(cfg, recorded) == changed
+    model = cfg.model
+    assert model.rpn_head.loss_bbox.get('beta') == (1 / 9 if 'SmoothL1 in rpn_head' in changed else None)
+    box_beta = 1 if 'SmoothL1 in bbox_head' in changed else None
+    assert model.roi_head.bbox_head.loss_bbox.get('beta') == box_beta
+    for name in ('bbox_roi_extractor', 'mask_roi_extractor'):
+        assert model.roi_head[name].roi_layer.sampling_ratio == 2 * (f'sampling_ratio=2 in {name}' in changed)
+
+
+def test_edits_reach_every_stage_of_a_cascade() -> None:
+    cfg = tool.load_config(ROOT / 'configs' / 'gcnet' / 'cascade_mask_rcnn_x101_32x4d_fpn_syncbn_1x.py')
+    for head in cfg.model.roi_head.bbox_head:
+        head.loss_bbox = dict(type='L1Loss')
+    tool.apply_edits(cfg, dict(edits=['SmoothL1']))
+    assert [head.loss_bbox.type for head in cfg.model.roi_head.bbox_head] == ['SmoothL1Loss'] * 3
+
+
+def test_what_is_not_recorded_is_named() -> None:
+    found = tool.Comparison()
+    recorded = dict(a=1.0, b=[], c={}, d=None, e=[0])
+    assert [found.has(recorded, key) for key in 'abcdef'] == [True, False, False, False, True, False]
+    assert not found.has({}, 'rle', 'masks of image 1')
+    assert found.absent == ['b', 'c', 'd', 'f', 'masks of image 1'] and found.rows == []
+
+
+def test_stages_of_heads() -> None:
+    stage = dict(cls_score=1)
+    assert tool.stages_of([stage, stage]) == tool.stages_of({'0': stage, '1': stage}) == [stage, stage]
+    assert tool.stages_of(stage) == [stage]
+
+
+def test_running_statistics_of_other_forms() -> None:
+    buffer = torch.arange(8.0)
+    every = buffer.tolist()
+    assert tool.buffer_error(buffer, every) == 0 and tool.buffer_error(torch.tensor(3), 3) == 0
+    assert tool.buffer_error(buffer, [*every[:7], 8.0]) == pytest.approx(1 / 140 ** 0.5)
+    assert tool.buffer_error(buffer, [[8], 28.0, 0.0]) == 0
+    assert tool.buffer_error(buffer, [[8], 28.0, 1.0]) == pytest.approx(1 / 140 ** 0.5)
+    assert tool.buffer_error(buffer, [[7], 28.0, 0.0]) == float('inf')
+
+
+@pytest.mark.parametrize('recorded', [{}, dict(bn_after={})])
+def test_batch_statistics_that_are_not_recorded(recorded: dict) -> None:
+    norm, found = torch.nn.BatchNorm2d(3), tool.Comparison()
+    tool.compare_statistics(norm, recorded, found)
+    assert found.absent == ['bn_after']
+    found = tool.Comparison()
+    tool.compare_statistics(norm.eval(), recorded, found)
+    assert found.absent == found.rows == []
+
+
+def test_statistics_of_unknown_names_differ() -> None:
+    found = tool.Comparison()
+    tool.compare_statistics(torch.nn.BatchNorm2d(3), dict(bn_after={'bn1.running_mean': [0.0] * 3}), found)
+    assert found.failed == ['names of running statistics']
