@@ -17,6 +17,7 @@ from mmdet.utils.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
 GCNET = {path.stem: path for path in CONFIGS if path.parent.name == 'gcnet'}
+ABLATION = {path.stem: path for path in CONFIGS if path.parent.name == 'ablation'}
 
 # Box and mask AP on COCO val2017, published with each variant.
 PUBLISHED = {
@@ -92,11 +93,11 @@ def test_it_loads_and_builds(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize('name', GCNET)
+@pytest.mark.parametrize('name', [*GCNET, *ABLATION])
 def test_a_variant_is_short_and_flat(name: str) -> None:
-    text = GCNET[name].read_text()
+    text = (GCNET | ABLATION)[name].read_text()
     assert len(text.splitlines()) <= 30
-    assert len(re.findall(r"^    '\.\./_base_/.*\.py',$", text, re.MULTILINE)) == 4
+    assert len(re.findall(r"^    '(\.\./)+_base_/.*\.py',$", text, re.MULTILINE)) == 4
 
 
 def test_names_are_the_published_ones() -> None:
@@ -126,6 +127,34 @@ def test_the_name_says_what_it_is(name: str) -> None:
     assert cfg.param_scheduler[1].end == epochs
 
 
+@pytest.mark.parametrize('name', ABLATION)
+def test_an_ablation_differs_from_the_baseline_in_its_context_blocks_alone(name: str) -> None:
+    cfg, base = (load(path)[0].to_dict() for path in (ABLATION[name], GCNET['mask_rcnn_r50_fpn_1x']))
+    for key in ('gcb', 'stage_with_gcb'):
+        assert cfg['model']['backbone'].pop(key)
+    assert cfg == base
+    assert 'Published' not in ABLATION[name].read_text()
+
+
+def test_no_two_ablations_are_the_same() -> None:
+    published = [path for name, path in GCNET.items() if name.endswith('gcb_c3-c5_r50_fpn_1x')]
+    blocks = [load(path)[0].model.backbone for path in [*published, *ABLATION.values()]]
+    assert len({str((b.gcb.to_dict(), b.stage_with_gcb)) for b in blocks}) == len(blocks) == 18
+
+
+def test_readme_of_the_ablations() -> None:
+    """It has every config, with its parameters, and the AP of those that were published."""
+    text = (ROOT / 'configs/gcnet/ablation/README.md').read_text()
+    rows = re.findall(r'\| \[(.*)\]\((.*)\) \| ([\d.]+) \| (.*) ?\|$', text, re.MULTILINE)
+    assert {name for name, *_ in rows} == {*ABLATION, 'mask_rcnn_r50_fpn_1x', *(
+        f'mask_rcnn_r{ratio}_gcb_c3-c5_r50_fpn_1x' for ratio in (4, 16))}
+    for name, link, millions, ap in rows:
+        path = (ROOT / 'configs/gcnet/ablation' / link).resolve()
+        assert path == (GCNET | ABLATION)[name]
+        assert f'{sum(p.numel() for p in load(path)[1].parameters()) / 1e6:.2f}' == millions
+        assert ap.strip() == ('{} / {}'.format(*PUBLISHED[name]) if name in PUBLISHED else '')
+
+
 @pytest.mark.shared('published_keys')
 @pytest.mark.parametrize('name', [name for name in GCNET if '4conv1fc' not in name])
 def test_parameters_have_the_names_and_shapes_of_mmdetection(name: str, shared_dir: Path) -> None:
@@ -147,11 +176,15 @@ def test_parameter_counts_are_the_published_ones(name: str, shared_dir: Path) ->
     assert trained + extra == published['trainable_parameters']
 
 
-# The deeper ones have the same parts, but for one with everything.
+# The deeper ones and most ablations have the same parts as others, but for one with everything.
 EVERYTHING = 'cascade_mask_rcnn_r4_gcb_dconv_c3-c5_x101_32x4d_fpn_syncbn_1x'
+OTHER_BLOCKS = {f'mask_rcnn_{block}_r50_fpn_1x' for block in (
+    'nl_one_c4', 'snl_c3-c5', 'r16_se_c3-c5', 'r16_gcb_avg_mul_c3-c5')}
+R50 = {path.stem for path in CONFIGS if '101' not in path.stem}
+QUICK = R50 - ABLATION.keys() | {EVERYTHING, *OTHER_BLOCKS}
 STEPS = [
-    pytest.param(path, id=f'{path.parent.name}/{path.stem}', marks=[] if (
-        path.stem == EVERYTHING or not re.search('101', path.stem)) else pytest.mark.slow)
+    pytest.param(path, id=f'{path.parent.name}/{path.stem}',
+                 marks=[] if path.stem in QUICK else pytest.mark.slow)
     for path in CONFIGS if not path.stem.endswith('_2x')]
 
 

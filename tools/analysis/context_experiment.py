@@ -3,9 +3,9 @@
     python tools/make_synthetic.py data/synthetic
     python tools/analysis/context_experiment.py --data data/synthetic --out work_dirs/context_experiment
 
-Trains with tools/train.py and tests with tools/test.py, run by run. What is finished is not repeated: after an
-interruption the same command goes on. After every run it writes results.json, results.md and results.png to
---out, of all runs that are there.
+Trains with tools/train.py and tests with tools/test.py, run by run. What is finished is not repeated: after
+an interruption the same command goes on. After every run it writes results.json, results.md and results.png
+to --out.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def measure(ann_file: Path, predictions: Path) -> Numbers:
 
 
 def share_named_right(truths: list[dict[str, Any]], records: list[dict[str, Any]], wanted: set[int]) -> float:
-    """Of the ``wanted`` categories' objects that are found, the share whose name is right; 0 if none is found.
+    """Of the objects of ``wanted`` categories that are found, the share named right; 0 if none is found.
 
     An object is found if detections of any wanted category overlap its box by an IoU of 0.5; the one
     with the highest score names it. Guessing among three gives 1/3.
@@ -177,7 +177,8 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
         kept = json.loads(path.read_text())
         for name, value in settings.items():
             if kept[name] != value:
-                raise ValueError(f'--out {out} holds runs with {name}={kept[name]}, not {value}: choose another')
+                raise ValueError(
+                    f'--out {out} holds runs with {name}={kept[name]}, not {value}: choose another')
     else:
         out.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(settings))

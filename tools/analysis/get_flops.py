@@ -7,7 +7,9 @@ one image of the shape, with so many RoIs in the box heads and 100 in the mask h
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +33,23 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def flops_of_context_pool(x: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the 1x1 convolution to one channel and of the weighted sum, from the shape (N, C, H, W) of x."""
+    return 2 * 2 * math.prod(x)
+
+
+def flops_of_deform_conv(
+    x: Sequence[int], weight: Sequence[int], offset: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of the convolution itself, from the shapes of its weight and of the offsets (N, 2 * K * K, H, W)."""
+    return 2 * math.prod(weight) * offset[0] * offset[2] * offset[3]
+
+
 def count_multiply_adds(model: Any, width: int, height: int, rois: int) -> int:
     """In one forward pass, on tensors without memory."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.mmdet.context_pool: flops_of_context_pool,
+        torch.ops.torchvision.deform_conv2d: flops_of_deform_conv})
     with torch.no_grad(), counter:
         features = model.extract_features(torch.empty(1, 3, height, width, device='meta'))
         model.rpn_head(features)

@@ -1,0 +1,14 @@
+"""Mask R-CNN, R-50-FPN, one non-local block (ratio 1/2) in c4, fixed BN, 1x.
+
+Ablation of the block design (arXiv 1904.11492, table 4a): +1 NL, right before the last residual block of c4.
+"""
+_base_ = [
+    '../../_base_/models/mask_rcnn_r50_fpn.py',
+    '../../_base_/datasets/coco_instance.py',
+    '../../_base_/schedules/schedule_1x.py',
+    '../../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        gcb=dict(type='NL', ratio=1 / 2, position='after_add'),
+        stage_with_gcb=(False, False, (-2,), False)))  # c2, c3, c4 (after the last block but one), c5

@@ -1,0 +1,14 @@
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c3, fixed BN, 1x.
+
+Ablation of the stages (arXiv 1904.11492, table 4c): c3.
+"""
+_base_ = [
+    '../../_base_/models/mask_rcnn_r50_fpn.py',
+    '../../_base_/datasets/coco_instance.py',
+    '../../_base_/schedules/schedule_1x.py',
+    '../../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        gcb=dict(ratio=1 / 16),
+        stage_with_gcb=(False, True, False, False)))  # c2, c3, c4, c5

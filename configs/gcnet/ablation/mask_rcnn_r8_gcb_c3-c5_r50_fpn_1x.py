@@ -1,0 +1,14 @@
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/8) in c3-c5, fixed BN, 1x.
+
+Ablation of the ratio (arXiv 1904.11492, table 4e): 8.
+"""
+_base_ = [
+    '../../_base_/models/mask_rcnn_r50_fpn.py',
+    '../../_base_/datasets/coco_instance.py',
+    '../../_base_/schedules/schedule_1x.py',
+    '../../_base_/default_runtime.py',
+]
+model = dict(
+    backbone=dict(
+        gcb=dict(ratio=1 / 8),
+        stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5
