@@ -31,13 +31,15 @@ OPTIONS: dict[str, set[str]] = {
     'SNL': set(),
     'SE': {'ratio'},
 }
+POSITIONS = ('after_conv1', 'after_conv2', 'after_conv3', 'after_add')
 
 
 def build_context_block(cfg: ContextBlockConfig, channels: int) -> nn.Module:
     """The block that ``gcb`` describes, for ``channels`` channels.
 
     Raises:
-        ValueError: an option that this type of block does not have, or a ratio that leaves no channel.
+        ValueError: an option that this type of block does not have, a value that an option does not
+            take, or a ratio that leaves no channel.
     """
     kind = cfg.get('type', 'GC')
     if kind not in OPTIONS:
@@ -45,6 +47,8 @@ def build_context_block(cfg: ContextBlockConfig, channels: int) -> nn.Module:
     surplus = sorted(cfg.keys() - OPTIONS[kind] - {'type', 'position'})
     if surplus:
         raise ValueError(f'gcb.{surplus[0]} is no option of the type {kind}; leave it out')
+    if cfg.get('position', POSITIONS[0]) not in POSITIONS:
+        raise ValueError(f'gcb.position={cfg["position"]!r} is unknown; take one of {", ".join(POSITIONS)}')
     ratio = cfg.get('ratio', 1 / 2 if kind == 'NL' else 1 / 16)
     if int(channels * ratio) < 1:
         raise ValueError(

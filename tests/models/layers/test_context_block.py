@@ -69,6 +69,8 @@ def test_names_and_shapes() -> None:
     (dict(ratio=1 / 4, fusion_types=[]), r'gcb.fusion_types=\[\]: take'),
     (dict(type='SNL', ratio=1 / 4), 'gcb.ratio is no option of the type SNL; leave it out'),
     (dict(type='SE', pooling_type='avg'), 'gcb.pooling_type is no option of the type SE; leave it out'),
+    (dict(ratio=1 / 4, position='after_conv4'),
+     "gcb.position='after_conv4' is unknown; take one of after_conv1, after_conv2, after_conv3, after_add"),
     (dict(type='CBAM'), "gcb.type='CBAM' is unknown; take one of GC, NL, SNL, SE")])
 def test_bad_arguments(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
