@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from mmdet import ops
 
 RLE = dict[str, Any]
 """COCO run-length encoding: {'size': [height, width], 'counts': bytes}."""
@@ -31,24 +32,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, shape: tuple[int, int], threshold:
     """Probabilities (N, M, M) inside boxes (N, 4) to binary masks of an image, as COCO RLE.
 
     A pixel belongs to the mask where the bilinearly sampled probability is >= ``threshold``
-    (Mask R-CNN, arXiv 1703.06870, section 3.1). ``shape`` is (height, width). One mask is pasted
-    and encoded at a time, so memory does not grow with N.
+    (Mask R-CNN, arXiv 1703.06870, section 3.1). ``shape`` is (height, width). See
+    ``mmdet.ops.paste_masks``.
     """
     height, width = shape
-    rles = []
-    for probabilities, box in zip(masks, boxes):
-        x1, y1, x2, y2 = box.tolist()
-        # One pixel of margin: outside the box padding has more than half the weight, so nothing reaches 0.5.
-        left, right = max(int(np.floor(x1)) - 1, 0), min(int(np.ceil(x2)) + 1, width)
-        top, bottom = max(int(np.floor(y1)) - 1, 0), min(int(np.ceil(y2)) + 1, height)
-        image = torch.zeros(height, width, dtype=torch.uint8)
-        if right > left and bottom > top and x2 > x1 and y2 > y1:
-            xs = torch.arange(left, right, device=masks.device, dtype=masks.dtype) + 0.5
-            ys = torch.arange(top, bottom, device=masks.device, dtype=masks.dtype) + 0.5
-            xs = (xs - box[0]) / (box[2] - box[0]) * 2 - 1
-            ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
-            grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs))], dim=-1)
-            sampled = F.grid_sample(probabilities[None, None], grid[None], align_corners=False)[0, 0]
-            image[top:bottom, left:right] = (sampled >= threshold).to('cpu', torch.uint8)
-        rles += encode_rle(image[None])
-    return rles
+    texts, lengths = ops.paste_masks(masks, boxes, height, width, threshold)
+    content, end = texts.numpy().tobytes(), lengths.cumsum(0).tolist()
+    return [dict(size=[height, width], counts=content[a:b]) for a, b in zip([0, *end], end)]

@@ -10,7 +10,7 @@ extern "C" PyObject* PyInit__C() {
 }
 
 static void pass_by(torch::Library& library) {
-  for (const char* op : {"roi_align", "nms", "soft_nms", "context_pool", "context_fuse"}) {
+  for (const char* op : {"roi_align", "nms", "soft_nms", "context_pool", "context_fuse", "paste_masks"}) {
     library.impl(op, torch::CppFunction::makeFallthrough());
   }
 }
@@ -26,6 +26,8 @@ TORCH_LIBRARY(mmdet, m) {
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float sigma, float min_score, str method) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> (Tensor, Tensor)");
   m.def("context_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
   m.def("context_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor attention) -> (Tensor, Tensor)");
   m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
