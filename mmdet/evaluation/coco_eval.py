@@ -144,13 +144,14 @@ def run_coco_eval(ground_truth: dict[str, Any], records: list[dict[str, Any]], i
     if iou_type == 'segm':
         check_masks(ground_truth, records)
     coco_class, eval_class = BACKENDS[backend]
-    # COCOeval writes into the dicts that it is given, hence the copies. Boxes need no valid segmentation.
+    # pycocotools writes into the dicts that it is given, hence the copies. Boxes need no valid segmentation.
     hidden: dict[str, Any] = {} if iou_type == 'segm' else dict(segmentation=[])
     truth = dict(ground_truth, annotations=[a | hidden for a in ground_truth['annotations']])
     with redirect_stdout(io.StringIO()):
         coco = _index(coco_class, truth)
         # pycocotools fails on an empty list of results.
-        detections = (coco.loadRes([dict(r) for r in records]) if records
+        lines = records if backend == 'hotcoco' else [dict(r) for r in records]
+        detections = (coco.loadRes(lines) if records
                       else _index(coco_class, dict(truth, annotations=[])))
         evaluator = eval_class(coco, detections, iou_type)
         evaluator.evaluate()

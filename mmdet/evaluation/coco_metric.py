@@ -1,11 +1,13 @@
 """The metric that runs after testing: files of results, COCO numbers, tables, diagnosis."""
 
+import gc
 import json
 import logging
 import os
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,8 @@ class CocoMetric(BaseMetric):
         parts = gather_object(self.results)
         metrics: list[Any] = [None]
         if is_main_process():
-            numbers = self.compute_metrics(interleave(parts or [])[:size])
+            with paused_gc():
+                numbers = self.compute_metrics(interleave(parts or [])[:size])
             metrics = [{f'{self.prefix}/{name}': value for name, value in numbers.items()}]
         broadcast_object_list(metrics)
         self.results.clear()
@@ -122,9 +125,10 @@ class CocoMetric(BaseMetric):
         ann_file = self.ann_file or meta.get('ann_file')
         if 'cat_ids' not in meta or ann_file is None:
             raise ValueError('CocoMetric needs a COCO data set, whose metainfo has cat_ids and ann_file')
-        records = to_records(results, list(meta['cat_ids']))
+        cat_ids = list(meta['cat_ids'])
         if self.outfile_prefix is not None:
-            for iou_type, lines in records.items():
+            for iou_type in iou_types(results):
+                lines = to_records(results, cat_ids, iou_type)
                 _write(f'{self.outfile_prefix}.{iou_type}.json', json.dumps(lines).encode())
         if not self.metrics:
             return {}
@@ -136,19 +140,20 @@ class CocoMetric(BaseMetric):
         if len(img_ids) < len(content['images']):
             print_log(f'Evaluating the {len(img_ids)} images tested, of {len(content["images"])} in '
                       f'{ann_file}', logger='current')
-        ground_truth = select_ground_truth(content, img_ids, list(meta['cat_ids']))
+        ground_truth = select_ground_truth(content, img_ids, cat_ids)
 
         numbers: dict[str, float] = {}
         for metric in self.metrics:
-            if metric not in records:
+            if metric not in iou_types(results):
                 raise ValueError(f'metric {metric!r} needs masks, but the results have none')
-            scores = run_coco_eval(ground_truth, records[metric], metric, self.eval_backend)
+            records = to_records(results, cat_ids, metric)
+            scores = run_coco_eval(ground_truth, records, metric, self.eval_backend)
             summary = '\n'.join(summary_lines(scores.stats))
             print_log(f'Evaluation of {metric} ({self.eval_backend})\n{summary}', logger='current')
             if self.classwise:
-                table = class_table(ground_truth, records[metric], scores)
+                table = class_table(ground_truth, records, scores)
                 print_log(f'{metric} AP by class\n{table}', logger='current')
-            if warning := diagnose(ground_truth, records[metric], metric, scores):
+            if warning := diagnose(ground_truth, records, metric, scores):
                 print_log(warning, logger='current', level=logging.WARNING)
             numbers |= {f'{metric}_{name}': float(value) for name, value in zip(STAT_NAMES, scores.stats)}
         return numbers
@@ -187,24 +192,41 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-def to_records(results: list[dict[str, Any]], cat_ids: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """COCO result records of the predictions: {'bbox': [...]} and 'segm' where there are masks."""
-    records: dict[str, list[dict[str, Any]]] = dict(bbox=[])
-    if results and all('masks' in prediction for prediction in results):
-        records['segm'] = []
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection: it would go again and again through millions of records without cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def iou_types(results: list[dict[str, Any]]) -> list[str]:
+    """The kinds of records that the predictions can be turned into."""
+    with_masks = results and all('masks' in prediction for prediction in results)
+    return ['bbox', 'segm'] if with_masks else ['bbox']
+
+
+def to_records(results: list[dict[str, Any]], cat_ids: list[int], iou_type: str) -> list[dict[str, Any]]:
+    """COCO result records of the predictions, of kind 'bbox' or 'segm'."""
+    key = 'bbox' if iou_type == 'bbox' else 'segmentation'
+    records: list[dict[str, Any]] = []
     for prediction in results:
-        labels = prediction['labels'].tolist()
+        image_id, labels = prediction['img_id'], prediction['labels'].tolist()
         if labels and not 0 <= min(labels) <= max(labels) < len(cat_ids):
-            raise ValueError(f'image id {prediction["img_id"]}: labels reach from {min(labels)} to '
-                             f'{max(labels)}, but the data set has {len(cat_ids)} classes')
-        heads = [dict(image_id=prediction['img_id'], category_id=cat_ids[label]) for label in labels]
+            raise ValueError(f'image id {image_id}: labels reach from {min(labels)} to {max(labels)}, '
+                             f'but the data set has {len(cat_ids)} classes')
         scores = prediction['scores'].tolist()
-        for head, score, (x1, y1, x2, y2) in zip(heads, scores, prediction['boxes'].tolist()):
-            records['bbox'].append(head | dict(bbox=[x1, y1, x2 - x1, y2 - y1], score=score))
-        if 'segm' in records:
-            for head, score, mask in zip(heads, scores, prediction['masks']):
-                rle = dict(size=list(mask['size']), counts=mask['counts'].decode())
-                records['segm'].append(head | dict(segmentation=rle, score=score))
+        if iou_type == 'bbox':
+            boxes = prediction['boxes'].tolist()
+            shapes: list[Any] = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes]
+        else:
+            shapes = [dict(size=list(m['size']), counts=m['counts'].decode()) for m in prediction['masks']]
+        records += [{'image_id': image_id, 'category_id': cat_ids[label], key: shape, 'score': score}
+                    for label, shape, score in zip(labels, shapes, scores)]
     return records
 
 

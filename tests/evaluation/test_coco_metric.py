@@ -1,6 +1,7 @@
 """CocoMetric: the files it writes, the numbers it returns, what it says about bad results."""
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -19,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmdet.evaluation import CocoMetric
-from mmdet.evaluation.coco_metric import interleave, to_records
+from mmdet.evaluation.coco_metric import interleave, paused_gc, to_records
 from mmdet.registry import METRICS
 
 CLASSES = ('dog', 'cat')
@@ -291,7 +292,23 @@ def test_no_ground_truth_is_said(tmp_path, log):
 
 def test_labels_become_the_category_ids_of_the_data_set():
     item = dict(img_id=3, boxes=np.float32([[1, 2, 4, 8]] * 2), scores=np.float32([0.5, 0.25]),
-                labels=np.array([1, 0]))
-    assert to_records([item], [7, 9]) == dict(bbox=[
+                labels=np.array([1, 0]), masks=[dict(size=[9, 9], counts=text) for text in (b'Q1', b'1`2')])
+    assert to_records([item], [7, 9], 'bbox') == [
         dict(image_id=3, category_id=9, bbox=[1, 2, 3, 6], score=0.5),
-        dict(image_id=3, category_id=7, bbox=[1, 2, 3, 6], score=0.25)])
+        dict(image_id=3, category_id=7, bbox=[1, 2, 3, 6], score=0.25)]
+    assert to_records([item], [7, 9], 'segm') == [
+        dict(image_id=3, category_id=9, segmentation=dict(size=[9, 9], counts='Q1'), score=0.5),
+        dict(image_id=3, category_id=7, segmentation=dict(size=[9, 9], counts='1`2'), score=0.25)]
+
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_garbage_collection_is_as_before(enabled):
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(KeyError), paused_gc():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
