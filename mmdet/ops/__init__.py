@@ -16,6 +16,9 @@ except ImportError as error:
 from ._context_block import context_fuse, context_pool
 from ._nms import batched_nms, nms, soft_nms
 from ._paste_masks import paste_masks
-from ._roi_align import roi_align
+from ._roi_align import multilevel_roi_align, roi_align
 
-__all__ = ['batched_nms', 'context_fuse', 'context_pool', 'nms', 'paste_masks', 'roi_align', 'soft_nms']
+__all__ = [
+    'batched_nms', 'context_fuse', 'context_pool', 'multilevel_roi_align', 'nms', 'paste_masks', 'roi_align',
+    'soft_nms',
+]

@@ -1,4 +1,5 @@
-"""RoIAlign (He et al., Mask R-CNN, 2017, section 3)."""
+"""RoIAlign (He et al., Mask R-CNN, 2017, section 3) on one feature map or on a pyramid."""
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ def roi_align(
     """Pool a fixed grid of bins from each RoI, every bin the mean of bilinear samples.
 
     Args:
-        input: feature map `(N, C, H, W)`, any strides. Half precision is accumulated in float32.
+        input: feature map `(N, C, H, W)`, any strides, fastest if channels_last. Half precision is
+            accumulated in float32.
         rois: `(K, 5)`, rows `[image, x1, y1, x2, y2]` in pixels of the image. Not differentiable.
             Used in float32 (float64 for a float64 input), so keep them out of half precision.
         output_size: bins `(h, w)` of a RoI.
@@ -26,53 +28,86 @@ def roi_align(
             RoIs are at least one cell wide and high.
 
     Returns:
-        `(K, C, h, w)` in the dtype of `input`. Samples more than one cell outside the map count as zero.
+        `(K, C, h, w)`, contiguous, in the dtype of `input`. Samples more than one cell outside the map count
+        as zero.
 
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
         IndexError: on the CPU, when a RoI names an image outside the batch (on CUDA a device-side assert).
     """
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    return torch.ops.mmdet.roi_align(input, rois, spatial_scale, height, width, sampling_ratio, aligned)
+    return torch.ops.mmdet.roi_align(
+        [input], rois, None, [spatial_scale], height, width, sampling_ratio, aligned)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """`roi_align` of each RoI on its own level of a pyramid, all in one call.
+
+    Args:
+        features: levels `(N, C, H_i, W_i)` of one dtype, at most 8; fastest if all are channels_last.
+        levels: `(K,)` int64, the level of each RoI. A RoI of another number pools zeros.
+        spatial_scales: of each level.
+
+    Returns:
+        `(K, C, h, w)`, contiguous. Every level gets a gradient, zeros where no RoI is on it.
+    """
+    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    return torch.ops.mmdet.roi_align(
+        features, rois, levels, spatial_scales, height, width, sampling_ratio, aligned)
 
 
 @torch.library.register_fake('mmdet::roi_align')
 def _(
-    input: Tensor,
+    features: list[Tensor],
     rois: Tensor,
-    spatial_scale: float,
+    levels: Tensor | None,
+    spatial_scales: list[float],
     height: int,
     width: int,
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    return input.new_empty(rois.shape[0], input.shape[1], height, width)
+    return features[0].new_empty(rois.shape[0], features[0].shape[1], height, width)
 
 
 @torch.library.register_fake('mmdet::roi_align_backward')
 def _(
     grad: Tensor,
     rois: Tensor,
-    spatial_scale: float,
-    input_size: list[int],
+    levels: Tensor | None,
+    spatial_scales: list[float],
+    sizes: list[int],
+    channels_last: bool,
     sampling_ratio: int,
     aligned: bool,
-) -> Tensor:
-    return grad.new_empty(input_size)
+) -> list[Tensor]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [
+        torch.empty(*sizes[:2], *sizes[i:i + 2], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        for i in range(2, len(sizes), 2)]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, rois, spatial_scale, _, _, sampling_ratio, aligned = inputs
-    ctx.save_for_backward(rois)
-    ctx.input_size = input.shape
-    ctx.options = spatial_scale, sampling_ratio, aligned
+    features, rois, levels, spatial_scales, _, _, sampling_ratio, aligned = inputs
+    ctx.save_for_backward(rois, levels)
+    sizes = [*features[0].shape[:2], *(size for feature in features for size in feature.shape[2:])]
+    # A gradient lies like its feature map. Maps of one channel are both, and count as contiguous.
+    channels_last = not features[0].is_contiguous() and features[0].is_contiguous(
+        memory_format=torch.channels_last)
+    ctx.options = spatial_scales, sizes, channels_last, sampling_ratio, aligned
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    spatial_scale, sampling_ratio, aligned = ctx.options
-    grad_input = torch.ops.mmdet.roi_align_backward(
-        grad, *ctx.saved_tensors, spatial_scale, ctx.input_size, sampling_ratio, aligned)
-    return grad_input, None, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
+    grads = torch.ops.mmdet.roi_align_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grads, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd('mmdet::roi_align', _backward, setup_context=_setup_context)

@@ -5,9 +5,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from mmdet.ops import roi_align
+from mmdet.ops import multilevel_roi_align, roi_align
 
 SCALE = 1 / 8
+SCALES = [1 / 4, 1 / 8, 1 / 16]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 OPTIONS = [(ratio, aligned) for ratio in (0, 1, 2) for aligned in (True, False)]
 
 
@@ -41,10 +43,12 @@ def both(
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('ratio, aligned', OPTIONS)
-def test_equals_torchvision(device, dtype, ratio, aligned):
-    x = torch.randn(2, 5, 20, 30).to(device, dtype)
+@pytest.mark.parametrize('channels, layout', [(5, torch.contiguous_format), *((c, LAYOUTS[1]) for c in (5, 37))])
+def test_equals_torchvision(device, dtype, ratio, aligned, channels, layout):
+    x = torch.randn(2, channels, 20, 30).to(device, dtype, memory_format=layout)
     ours, theirs = both(x, make_rois(), (7, 5), ratio, aligned)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert ours[0].is_contiguous() and ours[1].is_contiguous(memory_format=layout)
     for ours_part, theirs_part in zip(ours, theirs):
         assert ours_part.dtype == dtype
         torch.testing.assert_close(
@@ -63,11 +67,81 @@ def test_equals_grid_sample(device):
 
 
 @pytest.mark.parametrize('ratio, aligned', OPTIONS)
-def test_gradcheck(device, ratio, aligned):
-    x = torch.randn(2, 2, 6, 7, dtype=torch.float64, device=device, requires_grad=True)
-    rois = torch.tensor([[0, 3.3, 5.1, 40, 38], [1, -9, 2, 80, 21], [0, 9, 9, 12, 10.5]]).to(x)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_gradcheck(device, ratio, aligned, layout):
+    features = [
+        torch.randn(2, 2, *size, dtype=torch.float64, device=device).to(memory_format=layout).requires_grad_()
+        for size in ((6, 7), (3, 4))]
+    rois = torch.tensor([[0, 3.3, 5.1, 40, 38], [1, -9, 2, 80, 21], [0, 9, 9, 12, 10.5]]).to(features[0])
+    levels = torch.tensor([1, 0, 0], device=device)
     torch.autograd.gradcheck(
-        lambda x: roi_align(x, rois, (2, 3), SCALE, ratio, aligned), x, nondet_tol=1e-12, fast_mode=False)
+        lambda *x: multilevel_roi_align(x, rois, levels, (2, 3), SCALES[1:], ratio, aligned), features,
+        nondet_tol=1e-12, fast_mode=False)
+
+
+def make_pyramid(device, dtype=torch.float32, layout=torch.contiguous_format) -> list[Tensor]:
+    """Three levels of two images of 240 x 160 pixels."""
+    sizes = [(40, 60), (20, 30), (10, 15)]
+    return [torch.randn(2, 6, *size).to(device, dtype, memory_format=layout).requires_grad_() for size in sizes]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('ratio', [0, 2])
+def test_each_roi_on_its_level(device, dtype, layout, ratio):
+    """Against torchvision on one level at a time; no RoI is on the last level, and some are on none."""
+    features, rois = make_pyramid(device, dtype, layout), make_rois()
+    levels = torch.arange(len(rois)) % 4 - 1
+    levels[levels == 2] = 7
+    output = multilevel_roi_align(
+        features, rois.to(device), levels.to(device), (7, 5), SCALES, ratio)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    theirs = [feature.detach().cpu().to(compute).requires_grad_() for feature in features]
+    expected = torch.zeros(output.shape, dtype=compute)
+    for i, level in enumerate(theirs[:2]):
+        expected[levels == i] = torchvision.ops.roi_align(
+            level, rois[levels == i].to(compute), (7, 5), SCALES[i], ratio, aligned=True)
+    weight = torch.randn_like(output)
+    grads = torch.autograd.grad(output, features, weight)
+    expected_grads = torch.autograd.grad(expected, theirs[:2], weight.cpu().to(compute))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    for part, other in zip((output, *grads), (expected, *expected_grads, torch.zeros_like(theirs[2])), strict=True):
+        assert part.dtype == dtype
+        torch.testing.assert_close(
+            part.cpu().to(compute), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+    assert all(grad.is_contiguous(memory_format=layout) for grad in grads)
+
+
+def test_levels_in_different_layouts(device):
+    features, rois = make_pyramid(device), make_rois().to(device)
+    levels = torch.arange(len(rois), device=device) % 3
+    expected = multilevel_roi_align(features, rois, levels, 7, SCALES)
+    for chosen in (0, 1):
+        mixed = [x.detach().to(memory_format=LAYOUTS[i == chosen]).requires_grad_() for i, x in enumerate(features)]
+        output = multilevel_roi_align(mixed, rois, levels, 7, SCALES)
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        assert all(x.grad.shape == x.shape for x in mixed)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('ratio', [0, 2])
+def test_deterministic_gradient_on_cuda(dtype, layout, ratio):
+    features, rois = make_pyramid('cuda', dtype, layout), make_rois(300).cuda()
+    levels = torch.arange(len(rois)).cuda() % 4 - 1
+    output = multilevel_roi_align(features, rois, levels, (7, 5), SCALES, ratio)
+    weight = torch.randn_like(output)
+    expected = torch.autograd.grad(output, features, weight, retain_graph=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(output, features, weight, retain_graph=True) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other, atomic in zip(first, second, expected, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, atomic)
 
 
 def test_large_sparse_roi(device):
@@ -139,15 +213,17 @@ def test_coordinates_of_a_diverged_network(device, ratio):
     torch.testing.assert_close(output[-1:], alone)
 
 
-def test_cpu_gradient_does_not_depend_on_threads():
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_cpu_gradient_does_not_depend_on_threads(layout):
     rois, grads = make_rois(300), []
-    x, weight = torch.randn(2, 16, 20, 30), torch.randn(len(rois), 16, 7, 7)
-    for threads in (1, 2):
+    x = torch.randn(2, 50, 20, 30).to(memory_format=layout)
+    weight = torch.randn(len(rois), 50, 7, 7)
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         leaf = x.clone().requires_grad_()
         (roi_align(leaf, rois, 7, SCALE) * weight).sum().backward()
         grads.append(leaf.grad)
-    assert torch.equal(*grads)
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
 def test_errors(device):
@@ -163,6 +239,19 @@ def test_errors(device):
             roi_align(*args)
         assert '\n' not in str(caught.value)
 
+    levels = torch.zeros(3, dtype=torch.int64, device=device)
+    for features, levels, scales, error, message in [
+            ([], levels, [], ValueError, '0 levels, but 0 spatial scales'),
+            ([x, x], levels, [1.0], ValueError, '2 levels, but 1 spatial scales'),
+            ([x, x[:, :1]], levels, [1.0, 0.5], ValueError, 'differ in images or channels'),
+            ([x, x.double()], levels, [1.0, 0.5], TypeError, 'must have one dtype, got Float and Double'),
+            ([x, x], levels[:2], [1.0, 0.5], ValueError, r'levels must be \(3,\), got \[2\]'),
+            ([x, x], levels.float(), [1.0, 0.5], TypeError, 'levels must be int64, got Float'),
+            ([x, x], None, [1.0, 0.5], ValueError, '2 levels, but no level of each RoI')]:
+        with pytest.raises(error, match=message) as caught:
+            multilevel_roi_align(features, rois, levels, 7, scales)
+        assert '\n' not in str(caught.value)
+
 
 @pytest.mark.parametrize('image', [-1.0, 2.0, float('nan')])
 def test_image_outside_the_batch(image):
@@ -173,15 +262,21 @@ def test_image_outside_the_batch(image):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize('requires_grad', [False, True])
-def test_opcheck(device, dtype, requires_grad):
-    x = torch.randn(2, 3, 8, 9, device=device).to(dtype).requires_grad_(requires_grad)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_opcheck(device, dtype, requires_grad, layout):
+    features = [x.detach().requires_grad_(requires_grad) for x in make_pyramid(device, dtype, layout)]
     # A tie-free sum order is not guaranteed by atomics: compare with the tolerance of the dtype.
     close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
-    rois = make_rois(4)[:4].to(device)
-    torch.library.opcheck(torch.ops.mmdet.roi_align.default, (x, rois, SCALE, 3, 2, 0, True), **close)
-    grad = torch.randn(4, 3, 3, 2, device=device).to(dtype)
+    rois, levels = make_rois(4)[:4].to(device), torch.tensor([0, 2, 0, 1], device=device)
     torch.library.opcheck(
-        torch.ops.mmdet.roi_align_backward.default, (grad, rois, SCALE, list(x.shape), 2, True), **close)
+        torch.ops.mmdet.roi_align.default, (features, rois, levels, SCALES, 3, 2, 0, True), **close)
+    torch.library.opcheck(
+        torch.ops.mmdet.roi_align.default, (features[:1], rois, None, SCALES[:1], 3, 2, 0, True), **close)
+    grad = torch.randn(4, 6, 3, 2, device=device).to(dtype)
+    sizes = [2, 6, *(size for x in features for size in x.shape[2:])]
+    torch.library.opcheck(
+        torch.ops.mmdet.roi_align_backward.default,
+        (grad, rois, levels, SCALES, sizes, layout == torch.channels_last, 2, True), **close)
 
 
 def test_autocast_keeps_coordinates(device):

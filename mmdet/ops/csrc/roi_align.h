@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/MemoryFormat.h>
 #include <c10/macros/Macros.h>
 
 #include <cmath>
+#include <optional>
 
 namespace mmdet {
 
@@ -67,20 +69,70 @@ C10_HOST_DEVICE inline LinearTap<T> linear_tap(T point, int extent) {
   return {low, low + 1, T(1) - fraction, fraction};
 }
 
+// How a level of the pyramid (N, C, H, W) lies in memory, in elements; all levels of a call lie alike.
+struct Level {
+  int64_t height;
+  int64_t width;
+  int64_t image;    // steps to the next image, channel, row and column
+  int64_t channel;
+  int64_t row;
+  int64_t column;
+};
+
+inline Level make_level(int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t area = height * width;
+  return channels_last ? Level{height, width, channels * area, 1, channels * width, channels}
+                       : Level{height, width, channels * area, area, width, 1};
+}
+
+// Contiguous tensors of one channel are both; they count as planes.
+inline bool is_channels_last(const at::Tensor& feature) {
+  return feature.is_contiguous(at::MemoryFormat::ChannelsLast) && !feature.is_contiguous();
+}
+
+inline at::MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 inline void check_roi_align(
-    const at::Tensor& input, const at::Tensor& rois, int64_t height, int64_t width, int64_t sampling_ratio) {
-  TORCH_CHECK_VALUE(input.dim() == 4, "roi_align: input must be (N, C, H, W), got ", input.sizes());
+    at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
+    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio) {
+  TORCH_CHECK_VALUE(
+      !features.empty() && features.size() == spatial_scales.size(), "roi_align: ", features.size(), " levels, but ",
+      spatial_scales.size(), " spatial scales");
   TORCH_CHECK_VALUE(
       rois.dim() == 2 && rois.size(1) == 5, "roi_align: rois must be (K, 5) [image, x1, y1, x2, y2], got ", rois.sizes());
   TORCH_CHECK_TYPE(
-      at::isFloatingType(input.scalar_type()), "roi_align: input must be floating point, got ", input.scalar_type());
-  TORCH_CHECK_TYPE(
       at::isFloatingType(rois.scalar_type()), "roi_align: rois must be floating point, got ", rois.scalar_type());
-  TORCH_CHECK_VALUE(
-      input.device() == rois.device(), "roi_align: input is on ", input.device(), " but rois on ", rois.device());
+  const auto& first = features[0];
+  for (const auto& input : features) {
+    TORCH_CHECK_VALUE(input.dim() == 4, "roi_align: input must be (N, C, H, W), got ", input.sizes());
+    TORCH_CHECK_TYPE(
+        at::isFloatingType(input.scalar_type()), "roi_align: input must be floating point, got ", input.scalar_type());
+    TORCH_CHECK_VALUE(
+        input.device() == rois.device(), "roi_align: input is on ", input.device(), " but rois on ", rois.device());
+    TORCH_CHECK_VALUE(
+        input.size(0) == first.size(0) && input.size(1) == first.size(1), "roi_align: levels of ", first.sizes(),
+        " and of ", input.sizes(), " differ in images or channels");
+    TORCH_CHECK_TYPE(
+        input.scalar_type() == first.scalar_type(), "roi_align: levels must have one dtype, got ", first.scalar_type(),
+        " and ", input.scalar_type());
+  }
   TORCH_CHECK_VALUE(
       height > 0 && width > 0, "roi_align: output size must be positive, got ", height, " x ", width);
   TORCH_CHECK_VALUE(sampling_ratio >= 0, "roi_align: sampling_ratio must not be negative, got ", sampling_ratio);
+  TORCH_CHECK_VALUE(
+      levels || features.size() == 1, "roi_align: ", features.size(), " levels, but no level of each RoI");
+  if (levels) {
+    TORCH_CHECK_VALUE(
+        levels->dim() == 1 && levels->size(0) == rois.size(0), "roi_align: levels must be (", rois.size(0),
+        ",), got ", levels->sizes());
+    TORCH_CHECK_TYPE(
+        levels->scalar_type() == at::kLong, "roi_align: levels must be int64, got ", levels->scalar_type());
+    TORCH_CHECK_VALUE(
+        levels->device() == rois.device(), "roi_align: levels are on ", levels->device(), " but rois on ",
+        rois.device());
+  }
 }
 
 }  // namespace mmdet

@@ -57,3 +57,20 @@ def test_levels_without_rois_have_a_gradient() -> None:
     assert out.shape == (0, 3, 7, 7)
     out.sum().backward()
     assert all(f.grad is not None and (f.grad == 0).all() for f in features)
+
+
+def test_rois_of_a_diverged_network_pool_zeros() -> None:
+    features = [torch.randn(1, 3, 256 // s, 256 // s) for s in STRIDES]
+    rois = torch.tensor([[0, float('nan'), 5, 60, 60], [0, 60, 5, 5, 60], [0, 5, 5, 60, 60]])
+    assert make().assign_levels(rois).tolist() == [-1, -1, 0]
+    pooled = make(2, shift=0.5)(features, rois)
+    assert pooled[:2].count_nonzero() == 0 and pooled[2].count_nonzero() == 3 * 7 * 7
+
+
+def test_shift_is_in_cells_of_the_level() -> None:
+    features = [torch.randn(1, 3, 1024 // s, 1024 // s).double() for s in STRIDES]
+    rois = torch.cat([square(side) + 0.0 for side in (50, 150, 300, 500)]).double()
+    moved = rois.clone()
+    moved[:, 1:] += torch.tensor(STRIDES)[:, None] / 2
+    # The levels are those of the RoIs as they came.
+    torch.testing.assert_close(make(2, shift=0.5)(features, rois), make(2)(features, moved))

@@ -1,14 +1,20 @@
 // RoIAlign on the CPU. Average pooling of bilinear samples on a grid is separable, so a RoI is two short lists of
-// weights, one for rows and one for columns, built once and used for all channels.
+// weights, one for rows and one for columns, built once and used for all channels. Rows are blended first. In
+// channels_last features a cell is a vector of channels, and all loops run over channels; in features stored plane by
+// plane they run over columns, one channel at a time.
 #include "../roi_align.h"
 
+#include "simd.h"
+
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 namespace mmdet {
@@ -58,6 +64,7 @@ Axis<T> make_axis(const RoiSamples<T>& samples, int bins, int extent) {
 template <typename T>
 struct Roi {
   int64_t image;
+  int64_t level;  // -1: pools zeros
   Axis<T> y;
   Axis<T> x;
   std::vector<int> columns;
@@ -65,179 +72,230 @@ struct Roi {
 };
 
 template <typename T>
-void compact_columns(Roi<T>& roi) {
+void compact_columns(Roi<T>& roi, bool channels_last) {
   auto& columns = roi.columns;
   columns = roi.x.cell;
   std::sort(columns.begin(), columns.end());
   columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
   const size_t range = columns.empty() ? 0 : columns.back() - columns.front() + 1;
-  roi.dense = range <= 3 * columns.size();
+  roi.dense = !columns.empty() && range <= (channels_last ? 1 : 3) * columns.size();
   if (roi.dense) {
-    const int first = columns.empty() ? 0 : columns.front();
     columns.resize(range);
-    for (size_t j = 0; j < range; ++j) {
-      columns[j] = first + static_cast<int>(j);
-    }
+    std::iota(columns.begin(), columns.end(), columns.front());
   }
   for (int& cell : roi.x.cell) {
-    cell = roi.dense ? cell - columns.front()
-                     : static_cast<int>(std::lower_bound(columns.begin(), columns.end(), cell) - columns.begin());
+    cell = static_cast<int>(std::lower_bound(columns.begin(), columns.end(), cell) - columns.begin());
   }
 }
 
 template <typename T>
 std::vector<Roi<T>> make_rois(
-    const at::Tensor& rois, double spatial_scale, at::IntArrayRef input_size, int height, int width,
-    int sampling_ratio, bool aligned) {
-  const T* boxes = rois.const_data_ptr<T>();
-  std::vector<Roi<T>> result(rois.size(0));
+    const at::Tensor& rois, const std::optional<at::Tensor>& levels, at::ArrayRef<double> spatial_scales,
+    const std::vector<Level>& pyramid, int64_t images, int height, int width, int sampling_ratio, bool aligned,
+    bool channels_last) {
+  const auto coordinates = rois.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const auto assigned = levels ? levels->contiguous() : at::Tensor();
+  const T* boxes = coordinates.template const_data_ptr<T>();
+  const int64_t* level_of = levels ? assigned.template const_data_ptr<int64_t>() : nullptr;
   for (int64_t k = 0; k < rois.size(0); ++k) {
     const T image = boxes[5 * k];
     TORCH_CHECK_INDEX(
-        image >= T(0) && image < T(input_size[0]), "roi_align: rois[", k, "] names image ", image, " of a batch of ",
-        input_size[0]);
+        image >= T(0) && image < T(images), "roi_align: rois[", k, "] names image ", image, " of a batch of ", images);
   }
+  std::vector<Roi<T>> result(rois.size(0));
   at::parallel_for(0, rois.size(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const T* box = boxes + 5 * k;
-      const T scale = static_cast<T>(spatial_scale);
       auto& roi = result[k];
       roi.image = static_cast<int64_t>(box[0]);
-      roi.x = make_axis(roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned), width, input_size[3]);
-      roi.y = make_axis(roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned), height, input_size[2]);
-      compact_columns(roi);
+      roi.level = level_of ? level_of[k] : 0;
+      const bool known = roi.level >= 0 && roi.level < static_cast<int64_t>(pyramid.size());
+      if (!known || pyramid[roi.level].height * pyramid[roi.level].width == 0) {
+        roi.level = -1;
+        continue;
+      }
+      const auto& level = pyramid[roi.level];
+      const T scale = static_cast<T>(spatial_scales[roi.level]);
+      roi.x = make_axis(roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned), width, level.width);
+      roi.y = make_axis(roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned), height, level.height);
+      compact_columns(roi, channels_last);
     }
   });
   return result;
 }
 
-// One channel of one RoI: rows are blended first (contiguous, so it vectorises), columns afterwards.
-template <typename T>
-void pool_plane(const Roi<T>& roi, const T* plane, int64_t stride, int height, int width, T* blend, T* output) {
-  const int size = static_cast<int>(roi.columns.size());
-  for (int h = 0; h < height; ++h) {
-    std::fill_n(blend, size, T(0));
-    for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
-      const T weight = roi.y.weight[t];
-      const T* row = plane + roi.y.cell[t] * stride;
-      if (roi.dense) {
-        const T* run = row + (size ? roi.columns[0] : 0);
-        for (int j = 0; j < size; ++j) {
-          blend[j] += weight * run[j];
-        }
-      } else {
-        for (int j = 0; j < size; ++j) {
-          blend[j] += weight * row[roi.columns[j]];
-        }
-      }
-    }
-    for (int w = 0; w < width; ++w) {
-      T sum = 0;
-      for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
-        sum += roi.x.weight[t] * blend[roi.x.cell[t]];
-      }
-      *output++ = sum;
-    }
+template <typename S, typename T>
+inline __attribute__((always_inline)) void add_scaled(int64_t size, T weight, const S* x, T* __restrict__ y) {
+  for (int64_t i = 0; i < size; ++i) {
+    y[i] += weight * static_cast<T>(x[i]);
   }
 }
 
-// The transpose of pool_plane.
-template <typename T>
-void scatter_plane(const Roi<T>& roi, const T* grad, int64_t stride, int height, int width, T* blend, T* plane) {
-  const int size = static_cast<int>(roi.columns.size());
+// Some channels of one RoI from `cells`, its image's feature map, to output (height, width, channels). The compiler
+// has to know where it is one channel.
+template <bool one_channel, typename S, typename T>
+MMDET_SIMD void pool(
+    const Roi<T>& roi, const S* cells, const Level& level, int64_t channels, int height, int width, T* blend,
+    T* output) {
+  const int64_t count = one_channel ? 1 : channels;
+  const int64_t size = static_cast<int64_t>(roi.columns.size());
+  std::fill_n(output, height * width * count, T(0));
   for (int h = 0; h < height; ++h) {
-    std::fill_n(blend, size, T(0));
-    for (int w = 0; w < width; ++w) {
-      const T value = *grad++;
-      for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
-        blend[roi.x.cell[t]] += roi.x.weight[t] * value;
+    std::fill_n(blend, size * count, T(0));
+    for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
+      const S* row = cells + roi.y.cell[t] * level.row;
+      if (roi.dense && count == level.column) {
+        add_scaled(size * count, roi.y.weight[t], row + roi.columns[0] * level.column, blend);
+      } else {
+        for (int64_t j = 0; j < size; ++j) {
+          add_scaled(count, roi.y.weight[t], row + roi.columns[j] * level.column, blend + j * count);
+        }
       }
     }
-    for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
-      const T weight = roi.y.weight[t];
-      T* row = plane + roi.y.cell[t] * stride;
-      if (roi.dense) {
-        T* run = row + (size ? roi.columns[0] : 0);
-        for (int j = 0; j < size; ++j) {
-          run[j] += weight * blend[j];
-        }
-      } else {
-        for (int j = 0; j < size; ++j) {
-          row[roi.columns[j]] += weight * blend[j];
-        }
+    for (int w = 0; w < width; ++w, output += count) {
+      for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
+        add_scaled(count, roi.x.weight[t], blend + roi.x.cell[t] * count, output);
       }
     }
   }
 }
 
-// Half-precision inputs are computed in float32.
-at::ScalarType compute_type(const at::Tensor& input) {
-  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// The transpose of pool.
+template <bool one_channel, typename T>
+MMDET_SIMD void scatter(
+    const Roi<T>& roi, const T* grad, const Level& level, int64_t channels, int height, int width, T* blend, T* cells) {
+  const int64_t count = one_channel ? 1 : channels;
+  const int64_t size = static_cast<int64_t>(roi.columns.size());
+  for (int h = 0; h < height; ++h) {
+    std::fill_n(blend, size * count, T(0));
+    for (int w = 0; w < width; ++w, grad += count) {
+      for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
+        add_scaled(count, roi.x.weight[t], grad, blend + roi.x.cell[t] * count);
+      }
+    }
+    for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
+      T* row = cells + roi.y.cell[t] * level.row;
+      if (roi.dense && count == level.column) {
+        add_scaled(size * count, roi.y.weight[t], blend, row + roi.columns[0] * level.column);
+      } else {
+        for (int64_t j = 0; j < size; ++j) {
+          add_scaled(count, roi.y.weight[t], blend + j * count, row + roi.columns[j] * level.column);
+        }
+      }
+    }
+  }
+}
+
+int64_t widest(const std::vector<Level>& pyramid) {
+  int64_t width = 0;
+  for (const auto& level : pyramid) {
+    width = std::max(width, level.width);
+  }
+  return width;
 }
 
 at::Tensor roi_align(
-    const at::Tensor& input, const at::Tensor& rois, double spatial_scale, int64_t height, int64_t width,
-    int64_t sampling_ratio, bool aligned) {
-  check_roi_align(input, rois, height, width, sampling_ratio);
-  const auto features = input.to(compute_type(input)).contiguous();
-  const auto boxes = rois.to(features.scalar_type()).contiguous();
-  const int64_t num_rois = rois.size(0), channels = input.size(1), area = input.size(2) * input.size(3);
-  if (area == 0 || channels == 0) {
-    return at::zeros({num_rois, channels, height, width}, input.options());
+    at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
+    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
+  check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio);
+  const bool channels_last = is_channels_last(features[0]);
+  const int64_t num_rois = rois.size(0), channels = features[0].size(1), bins = height * width;
+  std::vector<at::Tensor> inputs;
+  std::vector<Level> pyramid;
+  for (const auto& feature : features) {
+    inputs.push_back(feature.contiguous(memory_format(channels_last)));
+    pyramid.push_back(make_level(channels, feature.size(2), feature.size(3), channels_last));
   }
-  auto output = at::empty({num_rois, channels, height, width}, features.options());
-  AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "roi_align", [&] {
-    const auto prepared = make_rois<scalar_t>(
-        boxes, spatial_scale, input.sizes(), height, width, sampling_ratio, aligned);
-    const scalar_t* planes = features.const_data_ptr<scalar_t>();
+  auto output = at::empty({num_rois, channels, height, width}, features[0].options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "roi_align", [&] {
+    using T = at::opmath_type<scalar_t>;
+    const auto prepared = make_rois<T>(
+        rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, sampling_ratio, aligned,
+        channels_last);
     scalar_t* pooled = output.mutable_data_ptr<scalar_t>();
-    // Channel by channel, so that a feature plane stays in cache while all RoIs read it.
-    at::parallel_for(0, channels * num_rois, 64, [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> blend(input.size(3));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t c = i / num_rois, k = i % num_rois;
+    // All channels of a RoI together, or channel by channel, so that a plane stays in cache while all RoIs read it.
+    const int64_t count = channels_last ? channels : 1, tasks = channels / std::max<int64_t>(1, count) * num_rois;
+    at::parallel_for(0, tasks, channels_last ? 1 : 64, [&](int64_t begin, int64_t end) {
+      std::vector<T> blend(widest(pyramid) * count), result(bins * count);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t c = task / num_rois, k = task % num_rois;
         const auto& roi = prepared[k];
-        pool_plane(
-            roi, planes + (roi.image * channels + c) * area, input.size(3), height, width, blend.data(),
-            pooled + (k * channels + c) * height * width);
-      }
-    });
-  });
-  return output.to(input.scalar_type());
-}
-
-at::Tensor roi_align_backward(
-    const at::Tensor& grad, const at::Tensor& rois, double spatial_scale, at::IntArrayRef input_size,
-    int64_t sampling_ratio, bool aligned) {
-  const auto grads = grad.to(compute_type(grad)).contiguous();
-  const auto boxes = rois.to(grads.scalar_type()).contiguous();
-  auto output = at::zeros(input_size, grads.options());
-  const int64_t images = input_size[0], channels = input_size[1], area = input_size[2] * input_size[3];
-  const int64_t height = grad.size(2), width = grad.size(3);
-  if (output.numel() == 0) {
-    return output.to(grad.scalar_type());
-  }
-  AT_DISPATCH_FLOATING_TYPES(grads.scalar_type(), "roi_align_backward", [&] {
-    const auto prepared = make_rois<scalar_t>(
-        boxes, spatial_scale, input_size, height, width, sampling_ratio, aligned);
-    const scalar_t* pooled = grads.const_data_ptr<scalar_t>();
-    scalar_t* planes = output.mutable_data_ptr<scalar_t>();
-    // One thread owns a plane, and takes the RoIs in order: no races, and the same sums for any number of threads.
-    at::parallel_for(0, images * channels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> blend(input_size[3]);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / channels, c = i % channels;
-        for (size_t k = 0; k < prepared.size(); ++k) {
-          if (prepared[k].image == n) {
-            scatter_plane(
-                prepared[k], pooled + (k * channels + c) * height * width, input_size[3], height, width,
-                blend.data(), planes + i * area);
+        scalar_t* target = pooled + (k * channels + c) * bins;
+        if (roi.level < 0) {
+          std::fill_n(target, count * bins, scalar_t(0));
+          continue;
+        }
+        const auto& level = pyramid[roi.level];
+        const scalar_t* cells = inputs[roi.level].const_data_ptr<scalar_t>() + roi.image * level.image + c * level.channel;
+        if (channels_last) {
+          pool<false>(roi, cells, level, count, height, width, blend.data(), result.data());
+        } else {
+          pool<true>(roi, cells, level, 1, height, width, blend.data(), result.data());
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t b = 0; b < bins; ++b) {
+            target[i * bins + b] = static_cast<scalar_t>(result[b * count + i]);
           }
         }
       }
     });
   });
-  return output.to(grad.scalar_type());
+  return output;
+}
+
+std::vector<at::Tensor> roi_align_backward(
+    const at::Tensor& grad, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
+    at::ArrayRef<double> spatial_scales, at::IntArrayRef sizes, bool channels_last, int64_t sampling_ratio,
+    bool aligned) {
+  const int64_t images = sizes[0], channels = sizes[1], height = grad.size(2), width = grad.size(3);
+  const int64_t bins = height * width;
+  const auto type = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  std::vector<at::Tensor> outputs;
+  std::vector<Level> pyramid;
+  for (size_t i = 2; i < sizes.size(); i += 2) {
+    pyramid.push_back(make_level(channels, sizes[i], sizes[i + 1], channels_last));
+    const auto options = grad.options().dtype(type);
+    outputs.push_back(
+        channels_last ? at::zeros({images, sizes[i], sizes[i + 1], channels}, options).permute({0, 3, 1, 2})
+                      : at::zeros({images, channels, sizes[i], sizes[i + 1]}, options));
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "roi_align_backward", [&] {
+    using T = at::opmath_type<scalar_t>;
+    const auto prepared = make_rois<T>(
+        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned, channels_last);
+    const scalar_t* pooled = grad.const_data_ptr<scalar_t>();
+    // A thread owns channels, and takes the RoIs in order: no races, and the same sums for any number of threads.
+    at::parallel_for(0, channels, channels_last ? 16 : 1, [&](int64_t begin, int64_t end) {
+      const int64_t count = channels_last ? end - begin : 1;
+      std::vector<T> blend(widest(pyramid) * count), values(bins * count);
+      for (int64_t c = begin; c < end; c += count) {
+        for (size_t k = 0; k < prepared.size(); ++k) {
+          const auto& roi = prepared[k];
+          if (roi.level < 0) {
+            continue;
+          }
+          for (int64_t i = 0; i < count; ++i) {
+            const scalar_t* source = pooled + k * grad.stride(0) + (c + i) * grad.stride(1);
+            for (int64_t b = 0; b < bins; ++b) {
+              values[b * count + i] =
+                  static_cast<T>(source[b / width * grad.stride(2) + b % width * grad.stride(3)]);
+            }
+          }
+          const auto& level = pyramid[roi.level];
+          T* cells = outputs[roi.level].mutable_data_ptr<T>() + roi.image * level.image + c * level.channel;
+          if (channels_last) {
+            scatter<false>(roi, values.data(), level, count, height, width, blend.data(), cells);
+          } else {
+            scatter<true>(roi, values.data(), level, 1, height, width, blend.data(), cells);
+          }
+        }
+      }
+    });
+  });
+  for (auto& output : outputs) {
+    output = output.to(grad.scalar_type());
+  }
+  return outputs;
 }
 
 }  // namespace
