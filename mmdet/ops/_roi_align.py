@@ -29,7 +29,8 @@ def roi_align(
 
     Returns:
         `(K, C, h, w)`, contiguous, in the dtype of `input`. Samples more than one cell outside the map count
-        as zero.
+        as zero. The gradient lies in memory as `input` does. On CUDA it is summed in any order; under
+        `torch.use_deterministic_algorithms` in a fixed one, which is slower.
 
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
@@ -90,9 +91,10 @@ def _(
     aligned: bool,
 ) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shapes = [[*sizes[:2], *sizes[i:i + 2]] for i in range(2, len(sizes), 2)]
     return [
-        torch.empty(*sizes[:2], *sizes[i:i + 2], dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        for i in range(2, len(sizes), 2)]
+        torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        for shape in shapes]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -14,7 +14,7 @@
 namespace mmdet {
 namespace {
 
-constexpr int64_t kPairs = 1 << 16;  // comparisons worth a thread
+constexpr int64_t kPairs = 1 << 20;  // comparisons worth a thread
 
 // Boxes in visiting order, one array a coordinate so that the loops over them vectorise.
 template <typename T>

@@ -102,8 +102,8 @@ __device__ void visit_bin(const Roi<T>& roi, const Place& place, const Level& le
 
 template <typename scalar_t, typename T>
 __global__ void pool_kernel(
-    int64_t size, Pyramid<const scalar_t> features, const T* rois, const int64_t* levels, Options options,
-    scalar_t* output) {
+    int64_t size, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
+    const __grid_constant__ Options options, scalar_t* output) {
   const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) {
     const Place place = make_place(i, options);
@@ -123,8 +123,8 @@ __global__ void pool_kernel(
 // Adds with atomics, in any order.
 template <typename scalar_t, typename T>
 __global__ void scatter_kernel(
-    int64_t size, const scalar_t* grad, const T* rois, const int64_t* levels, Options options,
-    Pyramid<T> grad_features) {
+    int64_t size, const scalar_t* grad, const T* rois, const int64_t* levels,
+    const __grid_constant__ Options options, const __grid_constant__ Pyramid<T> grad_features) {
   const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) {
     const Place place = make_place(i, options);
@@ -151,8 +151,8 @@ __device__ T weight_at(T point, int extent, int cell) {
 // Without atomics: a thread owns one channel of one row of a level, and takes the RoIs in order.
 template <typename scalar_t, typename T>
 __global__ void scatter_rows_kernel(
-    int64_t num_rois, const scalar_t* grad, const T* rois, const int64_t* levels, Options options, int own,
-    T* grad_feature) {
+    int64_t num_rois, const scalar_t* grad, const T* rois, const int64_t* levels,
+    const __grid_constant__ Options options, int own, T* grad_feature) {
   const Level& level = options.levels[own];
   const int extent_y = static_cast<int>(level.height), extent_x = static_cast<int>(level.width);
   const int64_t size = level.height * options.images * options.channels;
@@ -163,7 +163,7 @@ __global__ void scatter_rows_kernel(
     const int64_t image = row / level.height;
     T* cells = grad_feature + image * level.image + c * level.channel + y * level.row;
     for (int64_t k = 0; k < num_rois; ++k) {
-      if ((levels ? levels[k] : 0) != own || rois[5 * k] != T(image)) {
+      if ((levels ? levels[k] : 0) != own || static_cast<int64_t>(rois[5 * k]) != image) {
         continue;
       }
       const auto roi = make_roi(k, rois, levels, options);

@@ -1,0 +1,65 @@
+"""Time functions in turns in one process, so that what else the machine does falls on all of them alike."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def op_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flags of a benchmark of an op."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    return parser
+
+
+def time_in_turns(
+    functions: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds on the clock and of CPU time in each round, after one that does not count."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append((1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)))
+    return {name: series[1:] for name, series in times.items()}
+
+
+def compare(case: str, functions: dict[str, Callable[[], Any]], rounds: int) -> list[dict[str, Any]]:
+    """Print and return the median times, and how many times as fast as the first function each is.
+
+    The ratio is the median over the rounds, its spread the smallest and the largest. Where others load the
+    machine, that of the CPU time says more.
+    """
+    times = time_in_turns(functions, rounds)
+    first = next(iter(times.values()))
+    records = []
+    for name, series in times.items():
+        record: dict[str, Any] = dict(case=case, name=name)
+        for i, clock in enumerate(('wall', 'cpu')):
+            ratios = sorted(base[i] / own[i] for base, own in zip(first, series))
+            record[clock] = dict(milliseconds=statistics.median(own[i] for own in series),
+                                 ratio=statistics.median(ratios), smallest=ratios[0], largest=ratios[-1])
+        wall, cpu = record['wall'], record['cpu']
+        print(f'{case:36} {name:26} {wall["milliseconds"]:9.2f} ms, {wall["ratio"]:6.2f} times as fast '
+              f'({wall["smallest"]:.2f} to {wall["largest"]:.2f}), by CPU time {cpu["ratio"]:.2f}')
+        records.append(record)
+    return records
+
+
+def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Write what was measured, and with what, where ``--out`` says."""
+    if args.out:
+        about = dict(torch=torch.__version__, device=args.device, threads=args.threads, rounds=args.rounds)
+        args.out.write_text(json.dumps(dict(about, records=records), indent=2) + '\n')
