@@ -5,30 +5,37 @@ import torch
 from torch import Tensor
 
 
-def context_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def context_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention pooling: a 1x1 convolution to one channel, softmax over all positions, weighted mean of x.
 
     Args:
         x: `(N, C, H, W)`, any strides. Half precision is accumulated in float32.
-        weight: `(C,)` of the convolution, any floating dtype.
-        bias: `(1,)`. Its gradient is zero, since softmax does not change with it.
+        weight: `(C,)` of the convolution, any floating dtype; None weighs all positions alike.
+        bias: `(1,)`, None for 0. Its gradient is zero, since softmax does not change with it.
 
     Returns:
-        `(N, C)` in the dtype of `x`; zeros where H * W is 0.
+        `(N, C)` in the dtype of `x`, zeros where H * W is 0; and `x`. What comes after should read this `x`:
+        its gradient is then added in the pass that writes the pooling's, not in one of its own.
 
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
     """
-    return torch.ops.mmdet.context_pool(x, weight, bias)[0]
+    weight = x.new_zeros(x.shape[1:2]) if weight is None else weight
+    bias = weight.new_zeros(1) if bias is None else bias
+    return _Pool.apply(x, weight, bias)
 
 
-def context_fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """`x * scale + shift`, one scale and shift a channel of an image.
+def context_fuse(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, identity: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """`x * scale + shift + identity`, one scale and shift a channel of an image; then, if asked, ReLU.
 
     Args:
         x: `(N, C, H, W)`, any strides.
         scale: `(N, C)`, any floating dtype, or None for 1.
         shift: `(N, C)`, any floating dtype, or None for 0.
+        identity: `(N, C, H, W)`, any floating dtype, or None for 0.
+        relu: whether negative values become 0.
 
     Returns:
         A new tensor like `x`, in its dtype.
@@ -36,62 +43,110 @@ def context_fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tenso
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
     """
-    return torch.ops.mmdet.context_fuse(x, scale, shift)
+    return torch.ops.mmdet.context_fuse(x, scale, shift, identity, relu)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    """In the layout that the kernels write: channels_last where x is that alone, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 @torch.library.register_fake('mmdet::context_pool')
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    return x.new_empty(n, c), x.new_empty(n, h * w, dtype=_compute_dtype(x))
+    return x.new_empty(n, c, dtype=_compute_dtype(x)), x.new_empty(n, h * w, dtype=_compute_dtype(x))
 
 
 @torch.library.register_fake('mmdet::context_pool_backward')
-def _(grad: Tensor, x: Tensor, weight: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight)
+def _(
+    grad: Tensor, grad_map: Tensor | None, x: Tensor, weight: Tensor, context: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _empty_like(x), weight.new_empty(weight.shape)
 
 
 def _setup_pool(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias = inputs
-    attention = output[1]
+    context, attention = output
     ctx.mark_non_differentiable(attention)
-    ctx.save_for_backward(x, weight, bias, attention)
+    ctx.save_for_backward(x, weight, bias, context, attention)
 
 
-def _pool_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, attention = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.mmdet.context_pool_backward(grad, x, weight, attention)
+def _pool_backward(
+    ctx: Any, grad: Tensor, _: Tensor | None, grad_map: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, context, attention = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.mmdet.context_pool_backward(grad, grad_map, x, weight, context, attention)
     return grad_x, grad_weight, torch.zeros_like(bias)
 
 
 torch.library.register_autograd('mmdet::context_pool', _pool_backward, setup_context=_setup_pool)
 
 
+class _Pool(torch.autograd.Function):
+    """Pooling that hands x on, which an op of a library must not do with its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        context, attention = torch.ops.mmdet.context_pool(x, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, context, attention)
+        return context.to(x.dtype), x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_map: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if grad is None:
+            return grad_map, None, None
+        return _pool_backward(ctx, grad, None, grad_map)
+
+
 @torch.library.register_fake('mmdet::context_fuse')
-def _(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, scale: Tensor | None, shift: Tensor | None, identity: Tensor | None, relu: bool) -> Tensor:
+    return _empty_like(x)
 
 
 @torch.library.register_fake('mmdet::context_fuse_backward')
-def _(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(scale)
+def _(
+    grad: Tensor, x: Tensor | None, scale: Tensor | None, output: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c = grad.shape[:2]
+    dtype = _compute_dtype(grad)
+    like = next(map for map in (x, output, grad) if map is not None)
+    return (
+        _empty_like(like) if x is not None else grad.new_empty(0),
+        _empty_like(like) if output is not None else grad.new_empty(0),
+        grad.new_empty(0 if x is None else n, c, dtype=dtype),
+        grad.new_empty(n, c, dtype=dtype))
 
 
-def _setup_fuse(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
-    x, scale, shift = inputs
+def _setup_fuse(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, bool], output: Tensor
+) -> None:
+    x, scale, shift, identity, relu = inputs
     ctx.shift_dtype = None if shift is None else shift.dtype
-    ctx.save_for_backward(*(() if scale is None else (x, scale)))
+    ctx.identity_dtype = None if identity is None else identity.dtype
+    ctx.save_for_backward(None if scale is None else x, scale, output if relu else None)
 
 
-def _fuse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    grad_x, grad_scale = grad, None
-    if ctx.saved_tensors:
-        grad_x, grad_scale = torch.ops.mmdet.context_fuse_backward(grad, *ctx.saved_tensors)
-    grad_shift = None if ctx.shift_dtype is None else grad.sum((2, 3), dtype=ctx.shift_dtype)
-    return grad_x, grad_scale, grad_shift
+def _fuse_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
+    x, scale, output = ctx.saved_tensors
+    grad_x, masked, grad_scale, grad_shift = torch.ops.mmdet.context_fuse_backward(grad, x, scale, output)
+    if output is None:
+        masked = grad
+    return (
+        masked if scale is None else grad_x,
+        None if scale is None else grad_scale.to(scale.dtype),
+        None if ctx.shift_dtype is None else grad_shift.to(ctx.shift_dtype),
+        None if ctx.identity_dtype is None else masked.to(ctx.identity_dtype),
+        None)
 
 
 torch.library.register_autograd('mmdet::context_fuse', _fuse_backward, setup_context=_setup_fuse)

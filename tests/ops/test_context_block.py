@@ -13,9 +13,17 @@ def eager_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.matmul(x.flatten(2), logits.flatten(2).softmax(2).transpose(1, 2))[..., 0]
 
 
-def eager_fuse(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def eager_fuse(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, identity: Tensor | None = None, relu: bool = False
+) -> Tensor:
     x = x if scale is None else x * scale[:, :, None, None]
-    return x + 0 if shift is None else x + shift[:, :, None, None]
+    x = x + 0 if shift is None else x + shift[:, :, None, None]
+    x = x if identity is None else x + identity
+    return x.relu() if relu else x
+
+
+def pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return context_pool(x, weight, bias)[0]
 
 
 def assert_same(op, eager, args: list[Tensor | None], tolerance: float) -> None:
@@ -47,8 +55,51 @@ def test_pool_equals_eager(device, dtype, shape):
     bias = torch.randn(1).to(device, dtype)
     # All but the bias, whose gradient is zero but for rounding.
     assert_same(
-        lambda x, w: context_pool(x, w, bias), lambda x, w: eager_pool(x, w, bias.cpu().double()),
+        lambda x, w: pool(x, w, bias), lambda x, w: eager_pool(x, w, bias.cpu().double()),
         [x, weight], tolerance_of(dtype))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('shape', [(2, 64, 25, 42), (3, 131, 7, 5), (2, 1024, 16, 8), (1, 3, 200, 200)])
+def test_channels_last_and_many_tiles(device, dtype, layout, shape):
+    """Rows with and without vectors that end short, one tile and several; the output keeps the layout."""
+    x, identity = torch.randn(2, *shape).to(device, dtype)
+    x, identity = (part.contiguous(memory_format=layout) for part in (x, identity))
+    weight, bias = torch.randn(shape[1]).to(device, dtype) / shape[1]**0.5, torch.zeros(1).to(device, dtype)
+    assert_same(lambda x, w: pool(x, w, bias), lambda x, w: eager_pool(x, w, bias.cpu().double()),
+                [x, weight], tolerance_of(dtype))
+    scale, shift = torch.randn(2, *shape[:2]).to(device, dtype)
+    output = context_fuse(x, scale, shift, identity)
+    assert output.stride() == x.stride()
+    assert_same(context_fuse, eager_fuse, [x, scale, shift, identity], tolerance_of(dtype))
+    assert_same(context_fuse, eager_fuse, [x, None, shift, identity], tolerance_of(dtype))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_no_weight_is_the_mean(device, dtype):
+    x = torch.randn(2, 17, 33, 65).to(device, dtype)
+    assert_same(lambda x: context_pool(x)[0], lambda x: x.mean((2, 3)), [x], tolerance_of(dtype))
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_what_pooling_hands_on_has_the_whole_gradient(device, layout):
+    x = torch.randn(2, 17, 9, 11).to(device).contiguous(memory_format=layout)
+    weight, bias = torch.randn(17).to(device), torch.zeros(1, device=device)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        context, handed_on = context_pool(x, w, bias)
+        assert torch.equal(handed_on, x) and handed_on.data_ptr() == x.data_ptr()
+        return handed_on.sin() * context[:, :, None, None]
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        return x.sin() * eager_pool(x, w, bias.cpu().double())[:, :, None, None]
+
+    assert_same(ours, eager, [x, weight], 1e-5)
+    # Nothing need follow the context.
+    x.requires_grad_()
+    [grad] = torch.autograd.grad(context_pool(x, weight, bias)[1].sin().sum(), x)
+    torch.testing.assert_close(grad, x.cos())
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -61,28 +112,76 @@ def test_fuse_equals_eager(device, dtype, scaled, shifted):
         tolerance_of(dtype))
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('scaled', [True, False])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_fuse_with_relu(device, dtype, scaled, layout):
+    """Integers, so that no rounding moves the sign, and both signs, zero and a gradient at zero are there."""
+    x, identity = torch.randint(-3, 4, (2, 2, 17, 33, 65)).to(device, dtype)
+    x, identity = (part.contiguous(memory_format=layout) for part in (x, identity))
+    scale, shift = torch.randint(-2, 3, (2, 2, 17)).to(device, dtype)
+    args = [x, scale if scaled else None, shift, identity]
+    assert (eager_fuse(*args) == 0).any() and (eager_fuse(*args) < 0).any()
+    assert_same(lambda *args: context_fuse(*args, relu=True), lambda *args: eager_fuse(*args, relu=True),
+                args, tolerance_of(dtype))
+
+
+def test_not_a_number_stays(device):
+    """Only where it is, in the sums as well."""
+    x = torch.zeros(2, 3, 4, 5, device=device)
+    x[1, 2, 3, 4] = float('nan')
+    shift = torch.zeros(2, 3, device=device)
+    assert torch.equal(context_fuse(x, None, shift, None, True).isnan(), x.isnan())
+    nan = pool(x, torch.ones(3, device=device), torch.zeros(1, device=device)).isnan()
+    assert nan.tolist() == [[False] * 3, [True] * 3]
+
+
+def test_what_is_kept_for_the_backward_pass(device):
+    """Of maps, x and the output at most: never a copy."""
+    x, identity = torch.randn(2, 2, 64, 40, 50).to(device)
+    weight, bias = torch.randn(64).to(device), torch.zeros(1, device=device)
+    x.requires_grad_()
+    identity.requires_grad_()
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        context, handed_on = context_pool(x, weight, bias)
+        output = context_fuse(handed_on, None, context, identity, relu=True)
+    maps = {tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel()}
+    assert maps == {x.data_ptr(), output.data_ptr()}
+    assert sum(tensor.numel() for tensor in kept if tensor.numel() < x.numel()) < x.numel() / 16
+
+
 @pytest.mark.parametrize('offset', [0.0, 1e4])
 def test_pool_stays_accurate(device, offset):
     """Sums over many positions and channels, logits too large for exp."""
     x = torch.randn(1, 1024, 40, 60).to(device)
     weight, bias = torch.randn(1024).to(device) / 16, torch.full((1,), offset, device=device)
     reference = eager_pool(x.cpu().double(), weight.cpu().double(), bias.cpu().double())
-    error = (context_pool(x, weight, bias).cpu().double() - reference).abs().max()
+    error = (pool(x, weight, bias).cpu().double() - reference).abs().max()
     assert error < (1e-5 if offset == 0 else 2e-3) * reference.std()
 
 
 def test_bias_has_no_gradient(device):
     args = [part.double().to(device).requires_grad_() for part in (
         torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1))]
-    context_pool(*args).square().sum().backward()
+    pool(*args).square().sum().backward()
     assert args[2].grad.tolist() == [0]
 
 
 def test_gradcheck(device):
-    x, weight, bias, scale, shift = (part.double().to(device).requires_grad_() for part in (
-        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3)))
+    x, weight, bias, scale, shift, identity = (part.double().to(device).requires_grad_() for part in (
+        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3),
+        torch.randn(2, 3, 4, 5)))
     torch.autograd.gradcheck(context_pool, (x, weight, bias))
+    torch.autograd.gradcheck(block, (x, weight, bias, identity))
     torch.autograd.gradcheck(context_fuse, (x, scale, shift))
+    torch.autograd.gradcheck(lambda *args: context_fuse(*args, relu=True), (x, scale, shift, identity))
+    torch.autograd.gradcheck(lambda *args: context_fuse(*args, relu=True), (x, None, shift, identity))
     torch.autograd.gradcheck(lambda x, scale: context_fuse(x, scale, None), (x, scale))
     torch.autograd.gradcheck(lambda x, shift: context_fuse(x, None, shift), (x, shift))
 
@@ -90,7 +189,7 @@ def test_gradcheck(device):
 @pytest.mark.parametrize('needed', range(3))
 def test_gradient_of_one_input_alone(device, needed):
     for op, args in (
-            (context_pool, [torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1)]),
+            (pool, [torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1)]),
             (context_fuse, [torch.randn(2, 3, 4, 5), torch.randn(2, 3), torch.randn(2, 3)])):
         args = [arg.to(device) for arg in args]
         everything = [arg.clone().requires_grad_() for arg in args]
@@ -112,9 +211,10 @@ def test_strides(device, layout):
     weight, scale = torch.randn(12, device=device)[::2], torch.randn(6, 2, device=device).t()
     assert not strided.is_contiguous() and not weight.is_contiguous() and not scale.is_contiguous()
     bias = torch.randn(1, device=device)
-    assert_same(lambda x, w: context_pool(x, w, bias),
+    assert_same(lambda x, w: pool(x, w, bias),
                 lambda x, w: eager_pool(x, w, bias.cpu().double()), [strided, weight], 1e-5)
-    assert_same(context_fuse, eager_fuse, [strided, scale, scale], 1e-5)
+    for identity in (strided, x):
+        assert_same(context_fuse, eager_fuse, [strided, scale, scale, identity], 1e-5)
 
 
 @pytest.mark.parametrize('shape', [(0, 3, 4, 5), (2, 3, 0, 5), (2, 0, 4, 5)])
@@ -122,9 +222,9 @@ def test_empty(device, shape):
     n, c = shape[:2]
     x = torch.randn(shape, device=device, requires_grad=True)
     weight, scale = (torch.randn(size, device=device, requires_grad=True) for size in ((c,), (n, c)))
-    pooled = context_pool(x, weight, torch.zeros(1, device=device))
+    pooled, handed_on = context_pool(x, weight, torch.zeros(1, device=device))
     assert pooled.shape == (n, c) and pooled.count_nonzero() == 0
-    (pooled.sum() + context_fuse(x, scale, scale).sum()).backward()
+    (pooled.sum() + context_fuse(handed_on, scale, scale, x, relu=True).sum()).backward()
     assert x.grad.shape == shape and weight.grad.count_nonzero() == 0 and scale.grad.count_nonzero() == 0
 
 
@@ -132,16 +232,19 @@ def test_float32_parameters_of_a_half_precision_map(device):
     """Under autocast the map is half precision and the parameters are not: nothing rounds them."""
     x, bias = torch.randn(2, 8, 9, 9, device=device).bfloat16(), torch.randn(1, device=device)
     weight, scale = (torch.randn(size, device=device, requires_grad=True) for size in ((8,), (2, 8)))
-    pooled_expected = context_pool(x.float(), weight, bias)
+    pooled_expected = pool(x.float(), weight, bias)
     fused_expected = context_fuse(x.float(), scale, scale)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        pooled, fused = context_pool(x, weight, bias), context_fuse(x, scale, scale)
-        assert context_pool(x.float(), weight, bias).dtype == torch.float32
+        pooled, fused = pool(x, weight, bias), context_fuse(x, scale, scale)
+        assert pool(x.float(), weight, bias).dtype == torch.float32
     assert pooled.dtype == fused.dtype == torch.bfloat16
     torch.testing.assert_close(pooled, pooled_expected.bfloat16())
     torch.testing.assert_close(fused, fused_expected.bfloat16())
     (pooled.sum() + fused.sum()).backward()
     assert weight.grad.dtype == scale.grad.dtype == torch.float32
+    identity = torch.randn(2, 8, 9, 9, device=device, requires_grad=True)
+    context_fuse(x, scale, scale, identity).sum().backward()
+    assert identity.grad.dtype == torch.float32
 
 
 def test_errors(device):
@@ -153,7 +256,8 @@ def test_errors(device):
             (lambda: context_pool(x, weight, weight), ValueError, r'bias must be \[1\], got \[3\]'),
             (lambda: context_pool(x.int(), weight, bias), TypeError, 'x must be floating point, got Int'),
             (lambda: context_fuse(x, scale[:1], None), ValueError, r'scale must be \[2, 3\], got \[1, 3\]'),
-            (lambda: context_fuse(x, None, scale.int()), TypeError, 'shift must be floating point, got Int')]:
+            (lambda: context_fuse(x, None, scale.int()), TypeError, 'shift must be floating point, got Int'),
+            (lambda: context_fuse(x, None, scale, x[:, :, 1:]), ValueError, r'identity must be \[2, 3, 4, 5\]')]:
         with pytest.raises(error, match=message) as caught:
             call()
         assert '\n' not in str(caught.value)
@@ -166,33 +270,41 @@ def test_opcheck(device, dtype, requires_grad):
         torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3)))
     ops = torch.ops.mmdet
     torch.library.opcheck(ops.context_pool.default, (x, weight, bias))
-    for args in ((x, scale, scale), (x, scale, None), (x, None, scale)):
-        torch.library.opcheck(ops.context_fuse.default, args)
+    for args in ((scale, scale, x, True), (scale, None, None, False), (None, scale, x, False)):
+        torch.library.opcheck(ops.context_fuse.default, (x, *args))
     x, weight, scale = x.detach(), weight.detach(), scale.detach()
-    attention = ops.context_pool(x, weight, bias)[1].detach()
-    torch.library.opcheck(ops.context_pool_backward.default, (scale, x, weight, attention))
-    torch.library.opcheck(ops.context_fuse_backward.default, (x, x, scale))
+    for x in (x, x.contiguous(memory_format=torch.channels_last)):
+        context, attention = (part.detach() for part in ops.context_pool(x, weight, bias))
+        for grad_map in (None, x):
+            torch.library.opcheck(
+                ops.context_pool_backward.default, (scale, grad_map, x, weight, context, attention))
+        for args in ((x, scale, x), (None, None, x), (None, None, None)):
+            torch.library.opcheck(ops.context_fuse_backward.default, (x, *args))
 
 
-def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    context = context_pool(x, weight, bias)
-    return context_fuse(x, context.sigmoid(), context.relu())
+def block(x: Tensor, weight: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
+    context, x = context_pool(x, weight, bias)
+    return context_fuse(x, context.sigmoid(), context.relu(), identity, relu=True)
 
 
-def test_compile_and_export(device):
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_compile_and_export(device, layout):
     class Block(torch.nn.Module):
-        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return block(x, weight, bias)
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
+            return block(x, weight, bias, identity)
 
-    args = [part.to(device) for part in (torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1))]
-    eager, traced = ([part.clone().requires_grad_() for part in args] for _ in range(2))
+    args = [part.to(device) for part in (torch.randn(2, 3, 4, 5).contiguous(memory_format=layout),
+                                         torch.randn(3), torch.randn(1), torch.randn(2, 3, 4, 5))]
+    eager, traced, exported = ([part.clone().requires_grad_() for part in args] for _ in range(3))
     expected = block(*eager)
     output = torch.compile(block, fullgraph=True, backend='aot_eager')(*traced)
     torch.testing.assert_close(output, expected)
-    expected.square().sum().backward()
-    output.square().sum().backward()
-    for ours, theirs in zip(traced, eager):
-        torch.testing.assert_close(ours.grad, theirs.grad)
     program = torch.export.export(Block(), tuple(args))
     assert 'mmdet.context_pool' in str(program.graph)
-    torch.testing.assert_close(program.module()(*args), expected)
+    run = program.module()(*exported)
+    torch.testing.assert_close(run, expected)
+    for result in (expected, output, run):
+        result.square().sum().backward()
+    for ours, theirs, third in zip(traced, eager, exported):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(third.grad, theirs.grad)

@@ -45,10 +45,10 @@ class BasicBlock(nn.Module):
             out = self.context_block(out)
         out = self.bn2(self.conv2(out))
         if self.context_at == 'after_conv2':
-            out = self.context_block(out)
+            return self.context_block(out, identity, relu=True)
         out = out + identity
         if self.context_at == 'after_add':
-            out = self.context_block(out)
+            return self.context_block(out, relu=True)
         return self.relu(out)
 
 
@@ -108,10 +108,10 @@ class Bottleneck(nn.Module):
             out = self.context_block(out)
         out = self.bn3(self.conv3(out))
         if self.context_at == 'after_conv3':
-            out = self.context_block(out)
+            return self.context_block(out, identity, relu=True)
         out = out + identity
         if self.context_at == 'after_add':
-            out = self.context_block(out)
+            return self.context_block(out, relu=True)
         return self.relu(out)
 
 

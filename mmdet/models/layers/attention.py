@@ -22,12 +22,13 @@ class NonLocal(nn.Module):
         self.conv_out = nn.Conv2d(planes, channels, 1)
         _start_at_zero(self.conv_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
+        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
         query, key, value = (conv(x).flatten(2) for conv in (self.theta, self.phi, self.g))
         attention = (query.transpose(1, 2) @ key).softmax(dim=2)
         context = (attention @ value.transpose(1, 2)).transpose(1, 2)
-        return x + self.conv_out(context.reshape(*context.shape[:2], *x.shape[2:]))
+        added = self.conv_out(context.reshape(*context.shape[:2], *x.shape[2:]))
+        return context_fuse(x, None, None, added if identity is None else added + identity, relu)
 
 
 class SimplifiedNonLocal(nn.Module):
@@ -42,11 +43,12 @@ class SimplifiedNonLocal(nn.Module):
         self.conv_value = nn.Conv2d(channels, channels, 1)
         _start_at_zero(self.conv_value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
+        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
         assert self.conv_mask.bias is not None
-        context = context_pool(x, self.conv_mask.weight.flatten(), self.conv_mask.bias)
-        return context_fuse(x, None, self.conv_value(context[:, :, None, None]).flatten(1))
+        context, x = context_pool(x, self.conv_mask.weight.flatten(), self.conv_mask.bias)
+        shift = self.conv_value(context[:, :, None, None]).flatten(1)
+        return context_fuse(x, None, shift, identity, relu)
 
 
 class SqueezeExcitation(nn.Module):
@@ -58,9 +60,10 @@ class SqueezeExcitation(nn.Module):
         self.fc1 = nn.Linear(channels, planes)
         self.fc2 = nn.Linear(planes, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
-        return context_fuse(x, torch.sigmoid(self.fc2(self.fc1(x.mean(dim=(2, 3))).relu())), None)
+    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
+        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
+        context, x = context_pool(x)
+        return context_fuse(x, torch.sigmoid(self.fc2(self.fc1(context).relu())), None, identity, relu)
 
 
 def _start_at_zero(conv: nn.Conv2d) -> None:

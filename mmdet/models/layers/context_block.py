@@ -94,19 +94,19 @@ class ContextBlock(nn.Module):
         self.channel_add_conv = _transform(channels, planes) if 'channel_add' in fusion_types else None
         self.channel_mul_conv = _transform(channels, planes) if 'channel_mul' in fusion_types else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
+        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it, in the same pass."""
         if self.conv_mask is not None:
-            context = context_pool(x, self.conv_mask.weight.flatten(), _bias(self.conv_mask))
+            context, x = context_pool(x, self.conv_mask.weight.flatten(), _bias(self.conv_mask))
         else:
-            context = x.mean(dim=(2, 3))
+            context, x = context_pool(x)
         context = context[:, :, None, None]
         scale = shift = None
         if self.channel_mul_conv is not None:
             scale = self.channel_mul_conv(context).sigmoid().flatten(1)
         if self.channel_add_conv is not None:
             shift = self.channel_add_conv(context).flatten(1)
-        return context_fuse(x, scale, shift)
+        return context_fuse(x, scale, shift, identity, relu)
 
 
 def _transform(channels: int, planes: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-// Checks of the global context ops that the CPU and the CUDA kernels share.
+// Checks and layout of the global context ops that the CPU and the CUDA kernels share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,6 +11,12 @@ namespace mmdet {
 // Half-precision inputs are computed in float32.
 inline at::ScalarType compute_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Layout in which a map is read and its like written: any but channels_last is made contiguous.
+inline at::MemoryFormat layout_of(const at::Tensor& x) {
+  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 inline void check_feature_map(const char* op, const at::Tensor& x) {
@@ -35,13 +41,17 @@ inline void check_context_pool(const at::Tensor& x, const at::Tensor& weight, co
 }
 
 inline void check_context_fuse(
-    const at::Tensor& x, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift) {
+    const at::Tensor& x, const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
+    const std::optional<at::Tensor>& identity) {
   check_feature_map("context_fuse", x);
   if (scale) {
     check_operand("context_fuse", "scale", *scale, x, {x.size(0), x.size(1)});
   }
   if (shift) {
     check_operand("context_fuse", "shift", *shift, x, {x.size(0), x.size(1)});
+  }
+  if (identity) {
+    check_operand("context_fuse", "identity", *identity, x, x.sizes());
   }
 }
 

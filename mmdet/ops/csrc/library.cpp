@@ -29,9 +29,13 @@ TORCH_LIBRARY(mmdet, m) {
   m.def(
       "paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> (Tensor, Tensor)");
   m.def("context_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
-  m.def("context_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor attention) -> (Tensor, Tensor)");
-  m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift) -> Tensor");
-  m.def("context_fuse_backward(Tensor grad, Tensor x, Tensor scale) -> (Tensor, Tensor)");
+  m.def(
+      "context_pool_backward(Tensor grad, Tensor? grad_map, Tensor x, Tensor weight, Tensor context, "
+      "Tensor attention) -> (Tensor, Tensor)");
+  m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift, Tensor? identity, bool relu) -> Tensor");
+  m.def(
+      "context_fuse_backward(Tensor grad, Tensor? x, Tensor? scale, Tensor? output) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 // Autocast passes all ops by: they take a half-precision feature map with float32 RoIs and weights as they come, and

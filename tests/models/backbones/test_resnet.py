@@ -154,7 +154,9 @@ def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> N
         torch.testing.assert_close(left['block'], left['context_block'].relu())
     elif position[-1] == last[-1]:
         torch.testing.assert_close(entered['context_block'], left[last])
-        torch.testing.assert_close(left['block'], (left['context_block'] + shortcut).relu())
+        # The block adds the shortcut itself; alone it does not.
+        alone = block.context_block(entered['context_block'])
+        torch.testing.assert_close(left['block'], (alone + shortcut).relu())
     else:
         torch.testing.assert_close(entered['context_block'], left[f'bn{position[-1]}'].relu())
         torch.testing.assert_close(left['block'], (left[last] + shortcut).relu())

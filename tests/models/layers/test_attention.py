@@ -43,6 +43,17 @@ def test_squeeze_excitation() -> None:
     torch.testing.assert_close(block(x), x * gate[:, :, None, None])
 
 
+@pytest.mark.parametrize('block', [NonLocal(6, 1 / 2), SimplifiedNonLocal(6), SqueezeExcitation(6, 1 / 2)])
+def test_the_residual_addition_and_relu_can_be_had_inside(block: torch.nn.Module) -> None:
+    block, (x, identity) = randomise(block), torch.randn(2, 2, 6, 3, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_(), identity.requires_grad_(), *block.parameters()]
+    found, expected = block(x, identity, relu=True), (block(x) + identity).relu()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), inputs, allow_unused=True),
+        torch.autograd.grad(expected.square().sum(), inputs, allow_unused=True))
+
+
 def test_new_blocks_change_nothing() -> None:
     x = torch.randn(2, 8, 5, 3)
     for block in (NonLocal(8, 1 / 2), SimplifiedNonLocal(8)):

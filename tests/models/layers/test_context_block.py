@@ -45,6 +45,13 @@ def test_values_and_gradients_are_those_of_plain_pytorch(pooling, fusion) -> Non
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
         rtol=0, atol=1e-11)
+    identity = torch.randn_like(x, requires_grad=True)
+    inputs.append(identity)
+    found, expected = block(x, identity, relu=True), (eager(block, x) + identity).relu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
+        rtol=0, atol=1e-11)
 
 
 def test_a_new_block_adds_nothing_and_multiplies_by_one_half() -> None:

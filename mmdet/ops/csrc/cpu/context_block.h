@@ -1,0 +1,102 @@
+// Vectors, tiles and partial sums of the global context kernels on the CPU.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <array>
+
+#include "../context_block.h"
+
+namespace mmdet {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+constexpr int64_t kTileBytes = 512 << 10;           // half of a second-level cache
+constexpr int64_t kMinWidth = 16, kMaxWidth = 512;  // positions of a tile
+constexpr int64_t kBlock = 256;                     // channels whose partial sums are added side by side
+
+inline int64_t rows_per_task(int64_t row_size) {
+  return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, row_size));
+}
+
+// body(first, count) for each vector of a row; count is a constant but for the last.
+template <typename T, typename F>
+inline void for_vectors(int64_t size, const F& body) {
+  constexpr int64_t step = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + step <= size; i += step) {
+    body(i, step);
+  }
+  if (i < size) {
+    body(i, size - i);
+  }
+}
+
+template <typename T>
+inline T sum_lanes(const Vec<T>& v) {
+  return at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, v);
+}
+
+// A map (N, C, P) or, channels_last, (N, P, C), in tiles: runs of `width` positions with all their channels, which stay
+// in the second-level cache.
+struct Map {
+  int64_t images, channels, area, width, tiles;
+  bool channels_last;
+
+  Map(const at::Tensor& x, int64_t element_size)
+      : images(x.size(0)),
+        channels(x.size(1)),
+        area(x.size(2) * x.size(3)),
+        width(std::clamp(kTileBytes / (std::max<int64_t>(channels, 1) * element_size) / 16 * 16, kMinWidth, kMaxWidth)),
+        tiles((area + width - 1) / width),
+        channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast) {}
+};
+
+struct Tile {
+  const Map& map;
+  int64_t index, image, first, width, offset, stride;
+
+  Tile(const Map& map, int64_t index)
+      : map(map),
+        index(index),
+        image(index / map.tiles),
+        first(index % map.tiles * map.width),
+        width(std::min(map.width, map.area - first)),
+        offset(image * map.channels * map.area + first * (map.channels_last ? map.channels : 1)),
+        stride(map.channels_last ? map.channels : map.area) {}
+};
+
+template <typename F>
+void for_tiles(const Map& map, const F& body) {
+  at::parallel_for(0, map.images * map.tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      body(Tile(map, i));
+    }
+  });
+}
+
+// (groups, parts, C) -> (groups, C): sum over parts in float64, each weighed by weight(group, part).
+template <typename T, typename F>
+void sum_parts(const T* parts, int64_t groups, int64_t count, int64_t channels, const F& weight, T* output) {
+  const int64_t blocks = (channels + kBlock - 1) / kBlock;
+  at::parallel_for(0, groups * blocks, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / blocks, first = i % blocks * kBlock, size = std::min(kBlock, channels - first);
+      std::array<double, kBlock> total{};
+      for (int64_t part = 0; part < count; ++part) {
+        const double factor = weight(group, part);
+        const T* row = parts + (group * count + part) * channels + first;
+        for (int64_t c = 0; c < size; ++c) {
+          total[c] += factor * row[c];
+        }
+      }
+      std::copy_n(total.begin(), size, output + group * channels + first);
+    }
+  });
+}
+
+}  // namespace mmdet

@@ -1,0 +1,134 @@
+// Packs of 16 bytes and the sum of partial sums, for the global context kernels on CUDA.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../context_block.h"
+
+namespace mmdet {
+
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Pack {
+  T value[kSize];
+};
+
+template <int kSize, typename T>
+__device__ __forceinline__ Pack<T, kSize> load(const T* data) {
+  return *reinterpret_cast<const Pack<T, kSize>*>(data);
+}
+
+template <int kSize, typename T>
+__device__ __forceinline__ void store(T* data, const Pack<T, kSize>& pack) {
+  *reinterpret_cast<Pack<T, kSize>*>(data) = pack;
+}
+
+// 32-bit division is several times faster than 64-bit.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
+// Whether rows of `size` elements can be read in packs, also by the narrower type of the two.
+template <typename scalar_t, typename... Tensors>
+bool in_packs(int64_t size, const Tensors&... tensors) {
+  constexpr int64_t pack = 16 / sizeof(scalar_t);
+  const auto aligned = [](const at::Tensor& t) {
+    return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (pack * t.element_size()) == 0;
+  };
+  return size % pack == 0 && (aligned(tensors) && ...);
+}
+
+// f(elements of a pack), a constant.
+template <typename scalar_t, typename F>
+void with_pack(bool packs, const F& f) {
+  if (packs) {
+    f(std::integral_constant<int, 16 / sizeof(scalar_t)>());
+  } else {
+    f(std::integral_constant<int, 1>());
+  }
+}
+
+constexpr int kWarp = 32;
+
+// The parts of a softmax: each has its own maximum (`tops`) and sum of exponentials (`totals`), and weighs by both.
+template <typename T>
+struct Softmax {
+  const T *tops = nullptr, *totals = nullptr;
+  T* logits = nullptr;  // (groups, area), becomes the softmax
+  int64_t area = 0;
+};
+
+template <typename T, typename F>
+__device__ T reduce_block(T value, const F& combine) {
+  __shared__ T warps[kWarp];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
+  }
+  __syncthreads();  // an earlier result may still be read
+  if (threadIdx.x == 0) {
+    warps[threadIdx.y] = value;
+  }
+  __syncthreads();
+  value = warps[threadIdx.x];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
+  }
+  return value;
+}
+
+// (groups, count, C) -> (groups, C), in an order that does not vary. A block of 32 x 32 threads sums 32 channels.
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kWarp) sum_parts_kernel(
+    int64_t count, int64_t channels, int64_t blocks, const T* parts, Softmax<T> softmax, T* output) {
+  __shared__ T sums[kWarp][kWarp + 1];
+  const int64_t group = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int64_t thread = threadIdx.y * kWarp + threadIdx.x, threads = kWarp * kWarp;
+  const int64_t first = group * count, c = block * kWarp + threadIdx.x;
+  T top = 0, total = 1;
+  if (softmax.tops) {
+    T mine = softmax.tops[first];
+    for (int64_t i = thread; i < count; i += threads) {
+      mine = max(mine, softmax.tops[first + i]);
+    }
+    top = reduce_block(mine, [](T a, T b) { return max(a, b); });
+    mine = 0;
+    for (int64_t i = thread; i < count; i += threads) {
+      mine += softmax.totals[first + i] * exp(softmax.tops[first + i] - top);
+    }
+    total = reduce_block(mine, [](T a, T b) { return a + b; });
+    for (int64_t p = block * threads + thread; p < softmax.area; p += blocks * threads) {
+      T& logit = softmax.logits[group * softmax.area + p];
+      logit = exp(logit - top) / total;
+    }
+  }
+  T sum = 0;
+  if (c < channels) {
+    for (int64_t i = first + threadIdx.y; i < first + count; i += kWarp) {
+      const T weight = softmax.tops ? exp(softmax.tops[i] - top) : T(1);
+      sum += weight * parts[i * channels + c];
+    }
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && c < channels) {
+    sum = 0;
+    for (int row = 0; row < kWarp; ++row) {
+      sum += sums[row][threadIdx.x];
+    }
+    output[group * channels + c] = sum / total;
+  }
+}
+
+template <typename T>
+void sum_parts(
+    int64_t groups, int64_t count, int64_t channels, const T* parts, T* output, const Softmax<T>& softmax = {}) {
+  const int64_t blocks = (channels + kWarp - 1) / kWarp;
+  sum_parts_kernel<<<groups * blocks, dim3(kWarp, kWarp), 0, c10::cuda::getCurrentCUDAStream()>>>(
+      count, channels, blocks, parts, softmax, output);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace mmdet

@@ -1,0 +1,350 @@
+// Global context pooling on CUDA: each map is read, and each gradient written, once. Half precision is accumulated in
+// float32.
+//
+// A block keeps a tile, a few positions with all their channels, in shared memory: a position's weight needs all of
+// its channels, and then weighs them. In the forward pass weights are exponentials of the logits, in the backward
+// pass the logits' gradients; what the tiles sum up is added by a second kernel.
+#include "context_block.cuh"
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+namespace mmdet {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxWidth = 64;       // positions of a tile
+constexpr int64_t kRowBytes = 128;  // of a channel in a tile, where the layout is contiguous
+constexpr int64_t kTileBytes = 1 << 16;
+
+// Where a tile's results go. Backward there are no tops and totals, but the attention and the pooled context.
+template <typename T>
+struct Results {
+  T *positions, *parts;  // (N, P): logits or their gradients; (tiles, C)
+  T *tops, *totals;      // (tiles): maximum of the logits, sum of their exponentials
+  const T *attention, *context;
+};
+
+// Replaces each position's dot product in `share` by its weight. `position` is the first of the tile's.
+template <typename T, bool kBackward>
+__device__ void weigh(int thread, int width, T* share, T mean, int64_t position, const Results<T>& results) {
+  const T value = thread < width ? share[thread] : T(0);
+  T top = -std::numeric_limits<T>::infinity();
+  if (!kBackward && thread < width) {
+    for (int i = 0; i < width; ++i) {
+      top = max(top, share[i]);
+    }
+  }
+  __syncthreads();
+  if (thread < width) {
+    share[thread] = kBackward ? results.attention[position + thread] * (value - mean) : exp(value - top);
+    results.positions[position + thread] = kBackward ? share[thread] : value;
+  }
+  __syncthreads();
+  if (!kBackward && thread == 0) {
+    T total = 0;
+    for (int i = 0; i < width; ++i) {
+      total += share[i];
+    }
+    results.tops[blockIdx.x] = top;
+    results.totals[blockIdx.x] = total;
+  }
+}
+
+// (N, C, P): thread (x, y) reads the x-th pack of the tile's positions in every blockDim.y-th channel.
+template <typename scalar_t, typename T, int kPack, bool kBackward>
+__global__ void __launch_bounds__(kThreads) contiguous_kernel(
+    int64_t channels, int64_t area, int64_t tiles, bool staged, const scalar_t* x, const T* weight,
+    Results<T> results) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ T sums[kThreads * kPack], means[kThreads], share[kMaxWidth];
+  auto* tile = reinterpret_cast<Pack<scalar_t, kPack>*>(memory);
+  const int columns = blockDim.x, rows = blockDim.y, thread = threadIdx.y * columns + threadIdx.x;
+  const int full = columns * kPack;
+  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * full;
+  const int width = static_cast<int>(min(static_cast<int64_t>(full), area - first));
+  const bool inside = threadIdx.x * kPack < width;
+  x += n * channels * area + first + threadIdx.x * kPack;
+  const T* context = kBackward ? results.context + n * channels : nullptr;
+  weight += kBackward ? n * channels : 0;
+
+  T sum[kPack] = {}, mean = 0;
+#pragma unroll 4
+  for (int64_t c = threadIdx.y; c < channels; c += rows) {
+    const T w = weight[c];
+    if (inside) {
+      const auto pack = load<kPack>(x + c * area);
+      if (staged) {
+        tile[c * columns + threadIdx.x] = pack;
+      }
+      for (int j = 0; j < kPack; ++j) {
+        sum[j] = fma(w, static_cast<T>(pack.value[j]), sum[j]);
+      }
+    }
+    if (kBackward) {  // as for a position: of a single one the two are equal to the last bit
+      mean = fma(w, context[c], mean);
+    }
+  }
+  for (int j = 0; j < kPack; ++j) {
+    sums[thread * kPack + j] = sum[j];
+  }
+  means[thread] = mean;
+  __syncthreads();
+  mean = 0;
+  if (thread < width) {
+    T total = 0;
+    for (int row = 0; row < rows; ++row) {
+      total += sums[row * full + thread];
+      mean += means[row * columns];
+    }
+    share[thread] = total;
+  }
+  __syncthreads();
+  weigh<T, kBackward>(thread, width, share, mean, n * area + first, results);
+
+  T part[kPack];
+  for (int j = 0; j < kPack; ++j) {
+    part[j] = inside ? share[threadIdx.x * kPack + j] : T(0);
+  }
+  // All threads of a warp take all steps, as the shuffles ask.
+  for (int64_t begin = 0; begin < channels; begin += rows) {
+    const int64_t c = begin + threadIdx.y;
+    T total = 0;
+    if (inside && c < channels) {
+      const auto pack = staged ? tile[c * columns + threadIdx.x] : load<kPack>(x + c * area);
+      for (int j = 0; j < kPack; ++j) {
+        total = fma(part[j], static_cast<T>(pack.value[j]), total);
+      }
+    }
+    for (int offset = columns / 2; offset > 0; offset /= 2) {
+      total += __shfl_down_sync(0xffffffff, total, offset, columns);
+    }
+    if (threadIdx.x == 0 && c < channels) {
+      results.parts[blockIdx.x * channels + c] = total;
+    }
+  }
+}
+
+// (N, P, C): a warp reads a position, a thread then sums a channel.
+template <typename scalar_t, typename T, int kPack, bool kBackward>
+__global__ void __launch_bounds__(kThreads) channels_last_kernel(
+    int64_t channels, int64_t area, int64_t tiles, int full, bool staged, const scalar_t* x, const T* weight,
+    Results<T> results) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ T share[kMaxWidth], mean;
+  auto* tile = reinterpret_cast<scalar_t*>(memory);
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t n = blockIdx.x / tiles, first = blockIdx.x % tiles * full;
+  const int width = static_cast<int>(min(static_cast<int64_t>(full), area - first));
+  x += (n * area + first) * channels;
+  weight += kBackward ? n * channels : 0;
+
+  const auto add_lanes = [](T sum) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, offset);
+    }
+    return sum;
+  };
+  for (int p = warp; p < width; p += kThreads / kWarp) {
+    T sum = 0;
+#pragma unroll 4
+    for (int64_t c = lane * kPack; c < channels; c += kWarp * kPack) {
+      const auto pack = load<kPack>(x + p * channels + c);
+      const auto w = load<kPack>(weight + c);
+      if (staged) {
+        store(tile + p * channels + c, pack);
+      }
+      for (int j = 0; j < kPack; ++j) {
+        sum = fma(w.value[j], static_cast<T>(pack.value[j]), sum);
+      }
+    }
+    sum = add_lanes(sum);
+    if (lane == 0) {
+      share[p] = sum;
+    }
+  }
+  if (kBackward && warp == 0) {
+    T sum = 0;
+    for (int64_t c = lane * kPack; c < channels; c += kWarp * kPack) {
+      for (int j = 0; j < kPack; ++j) {
+        sum = fma(weight[c + j], results.context[n * channels + c + j], sum);
+      }
+    }
+    sum = add_lanes(sum);
+    if (lane == 0) {
+      mean = sum;
+    }
+  }
+  __syncthreads();
+  weigh<T, kBackward>(thread, width, share, kBackward ? mean : T(0), n * area + first, results);
+
+  const scalar_t* source = staged ? tile : x;
+  for (int64_t c = thread; c < channels; c += kThreads) {
+    T sum = 0;
+#pragma unroll 8
+    for (int p = 0; p < width; ++p) {
+      sum = fma(share[p], static_cast<T>(source[p * channels + c]), sum);
+    }
+    results.parts[blockIdx.x * channels + c] = sum;
+  }
+}
+
+// grad_x = grad_map (zeros without) + attention times the context's gradient + the logits' gradient times the weight.
+template <typename scalar_t, typename T, int kPack, bool kChannelsLast>
+__global__ void grad_kernel(
+    int64_t packs, int64_t channels, int64_t area, const scalar_t* grad_map, const T* attention, const T* grad_logits,
+    const T* grad, const T* weight, scalar_t* output) {
+  const int64_t size = kChannelsLast ? channels : area, count = kChannelsLast ? area : channels;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < packs; i += int64_t{gridDim.x} * kThreads) {
+    const int64_t row = divide(i * kPack, size), column = i * kPack - row * size, n = divide(row, count);
+    const T a = kChannelsLast ? attention[row] : grad[row];
+    const T b = kChannelsLast ? grad_logits[row] : weight[row - n * count];
+    const auto u = load<kPack>((kChannelsLast ? grad : attention) + n * size + column);
+    const auto v = load<kPack>(kChannelsLast ? weight + column : grad_logits + n * size + column);
+    Pack<scalar_t, kPack> pack = {};
+    if (grad_map) {
+      pack = load<kPack>(grad_map + i * kPack);
+    }
+    for (int j = 0; j < kPack; ++j) {
+      const T start = static_cast<T>(pack.value[j]);
+      pack.value[j] = static_cast<scalar_t>(fma(b, v.value[j], fma(a, u.value[j], start)));
+    }
+    store(output + i * kPack, pack);
+  }
+}
+
+// A map, contiguous or channels_last, and how it is cut into tiles.
+struct Plan {
+  int64_t images, channels, area, width, tiles, bytes;  // bytes of shared memory; 0: a tile does not fit
+  bool channels_last, packs;
+};
+
+template <typename scalar_t>
+Plan plan_tiles(const at::Tensor& x, const at::Tensor& weight) {
+  Plan plan{x.size(0), x.size(1), x.size(2) * x.size(3)};
+  plan.channels_last = layout_of(x) == at::MemoryFormat::ChannelsLast;
+  plan.packs = in_packs<scalar_t>(plan.channels_last ? plan.channels : plan.area, x, weight);
+  const int64_t pack = plan.packs ? 16 / sizeof(scalar_t) : 1, position = plan.channels * sizeof(scalar_t);
+  // Two blocks at a time on a multiprocessor, so that one computes while the other reads.
+  int available = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
+  const int64_t limit = (available - (16 << 10)) / 2;
+  if (plan.channels_last) {
+    plan.width = std::clamp<int64_t>(std::min(kTileBytes, limit) / position, 8, kMaxWidth);
+  } else {  // a power of two of packs
+    plan.width = std::min<int64_t>(kRowBytes / sizeof(scalar_t), kWarp * pack);
+    while (plan.width > pack && plan.width * position > limit) {
+      plan.width /= 2;
+    }
+  }
+  plan.bytes = plan.width * position > limit ? 0 : plan.width * position;
+  plan.tiles = (plan.area + plan.width - 1) / plan.width;
+  return plan;
+}
+
+template <typename scalar_t, typename T, bool kBackward>
+void run_tiles(const Plan& plan, const scalar_t* x, const T* weight, const Results<T>& results) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t blocks = plan.images * plan.tiles;
+  const int bytes = static_cast<int>(plan.bytes);
+  with_pack<scalar_t>(plan.packs, [&](auto pack) {
+    if (plan.channels_last) {
+      const auto kernel = channels_last_kernel<scalar_t, T, pack, kBackward>;
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      kernel<<<blocks, kThreads, bytes, stream>>>(
+          plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), bytes > 0, x, weight, results);
+    } else {
+      const auto kernel = contiguous_kernel<scalar_t, T, pack, kBackward>;
+      const int columns = static_cast<int>(plan.width) / pack;
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      kernel<<<blocks, dim3(columns, kThreads / columns), bytes, stream>>>(
+          plan.channels, plan.area, plan.tiles, bytes > 0, x, weight, results);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+// The bias moves all logits alike, which changes no softmax.
+std::tuple<at::Tensor, at::Tensor> context_pool(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  check_context_pool(x, weight, bias);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto type = compute_type(x);
+  const auto features = x.contiguous(layout_of(x)), w = weight.to(type).contiguous();
+  const auto options = x.options().dtype(type);
+  auto context = at::empty({x.size(0), x.size(1)}, options);
+  auto attention = at::empty({x.size(0), x.size(2) * x.size(3)}, options);
+  if (x.numel() == 0) {
+    return {context.zero_(), attention.zero_()};
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "context_pool", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    const Plan plan = plan_tiles<scalar_t>(features, w);
+    auto parts = at::empty({plan.images * plan.tiles, plan.channels}, options);
+    auto softmax = at::empty({2, plan.images * plan.tiles}, options);
+    acc_t *logits = attention.mutable_data_ptr<acc_t>(), *tops = softmax.mutable_data_ptr<acc_t>();
+    acc_t* totals = tops + plan.images * plan.tiles;
+    run_tiles<scalar_t, acc_t, false>(
+        plan, features.const_data_ptr<scalar_t>(), w.const_data_ptr<acc_t>(),
+        {logits, parts.mutable_data_ptr<acc_t>(), tops, totals, nullptr, nullptr});
+    sum_parts<acc_t>(
+        plan.images, plan.tiles, plan.channels, parts.const_data_ptr<acc_t>(), context.mutable_data_ptr<acc_t>(),
+        {tops, totals, logits, plan.area});
+  });
+  return {context, attention};
+}
+
+// The formula stands at the CPU kernel.
+std::tuple<at::Tensor, at::Tensor> context_pool_backward(
+    const at::Tensor& grad, const std::optional<at::Tensor>& grad_map, const at::Tensor& x, const at::Tensor& weight,
+    const at::Tensor& context, const at::Tensor& attention) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto type = compute_type(x);
+  const auto layout = layout_of(x);
+  const auto features = x.contiguous(layout), w = weight.to(type).contiguous(), g = grad.to(type).contiguous();
+  const auto c = context.contiguous(), a = attention.contiguous();
+  const auto outer = grad_map ? grad_map->to(x.scalar_type()).contiguous(layout) : at::Tensor();
+  auto grad_logits = at::empty_like(a);
+  auto grad_weight = at::empty(weight.sizes(), w.options());
+  auto grad_x = at::empty(x.sizes(), x.options().memory_format(layout));
+  if (x.numel() == 0) {
+    return {grad_x, at::zeros_like(weight)};
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "context_pool_backward", [&] {
+    using acc_t = at::opmath_type<scalar_t>;
+    const Plan plan = plan_tiles<scalar_t>(features, g);
+    auto parts = at::empty({plan.images * plan.tiles, plan.channels}, w.options());
+    const acc_t *pg = g.const_data_ptr<acc_t>(), *pa = a.const_data_ptr<acc_t>(), *pw = w.const_data_ptr<acc_t>();
+    acc_t* pl = grad_logits.mutable_data_ptr<acc_t>();
+    run_tiles<scalar_t, acc_t, true>(
+        plan, features.const_data_ptr<scalar_t>(), pg,
+        {pl, parts.mutable_data_ptr<acc_t>(), nullptr, nullptr, pa, c.const_data_ptr<acc_t>()});
+    acc_t* out_weight = grad_weight.mutable_data_ptr<acc_t>();
+    sum_parts<acc_t>(1, plan.images * plan.tiles, plan.channels, parts.const_data_ptr<acc_t>(), out_weight);
+    const int64_t row = plan.channels_last ? plan.channels : plan.area;
+    with_pack<scalar_t>(in_packs<scalar_t>(row, outer, a, g, w), [&](auto pack) {
+      const auto kernel = plan.channels_last ? grad_kernel<scalar_t, acc_t, pack, true>
+                                             : grad_kernel<scalar_t, acc_t, pack, false>;
+      const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
+      kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+          count, plan.channels, plan.area, grad_map ? outer.const_data_ptr<scalar_t>() : nullptr, pa, pl, pg, pw,
+          grad_x.mutable_data_ptr<scalar_t>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  });
+  return {grad_x, grad_weight.to(weight.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmdet, CUDA, m) {
+  m.impl("context_pool", &context_pool);
+  m.impl("context_pool_backward", &context_pool_backward);
+}
+
+}  // namespace mmdet
