@@ -56,7 +56,8 @@ class DetDataPreprocessor(nn.Module):
             height, width = image.shape[1:]
             sample.pad_shape = (self._round_up(height), self._round_up(width))
         batch_shape = (max(s.pad_shape[0] for s in samples), max(s.pad_shape[1] for s in samples))
-        batch = self.mean.new_zeros(len(images), 3, *batch_shape)
+        # Channels last in memory: convolutions keep it, and are faster with it.
+        batch = self.mean.new_zeros(len(images), *batch_shape, 3).permute(0, 3, 1, 2)
         for padded, image, sample in zip(batch, images, samples):
             sample.batch_shape = batch_shape
             image = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
+from mmdet.models.layers.conv_module import conv_norm
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
 from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics
 from mmdet.registry import MODELS
@@ -39,14 +41,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        identity = self.downsample(x) if self.downsample is not None else x
-        out = self.relu(self.bn1(self.conv1(x)))
+        identity = conv_norm(*self.downsample, x) if self.downsample is not None else x
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = self.bn2(self.conv2(out))
+        out = conv_norm(self.conv2, self.bn2, out)
         if self.context_at == 'after_conv2':
             return self.context_block(out, identity, relu=True)
-        out = out + identity
+        out += identity
         if self.context_at == 'after_add':
             return self.context_block(out, relu=True)
         return self.relu(out)
@@ -99,17 +101,17 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        identity = self.downsample(x) if self.downsample is not None else x
-        out = self.relu(self.bn1(self.conv1(x)))
+        identity = conv_norm(*self.downsample, x) if self.downsample is not None else x
+        out = self.relu(conv_norm(self.conv1, self.bn1, x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.relu(conv_norm(self.conv2, self.bn2, out))
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
-        out = self.bn3(self.conv3(out))
+        out = conv_norm(self.conv3, self.bn3, out)
         if self.context_at == 'after_conv3':
             return self.context_block(out, identity, relu=True)
-        out = out + identity
+        out += identity
         if self.context_at == 'after_add':
             return self.context_block(out, relu=True)
         return self.relu(out)
@@ -153,6 +155,9 @@ class ResNet(nn.Module):
         out_indices: which of c2 .. c5 (0 .. 3) are returned.
         style: 'pytorch' has the stride in the 3x3 convolution, 'caffe' in the 1x1 before it.
         zero_init_residual: start each residual branch at zero.
+        with_cp: keep but the input of each block for the backward pass and compute the block once more
+            there: less memory, more time. For norms whose statistics are fixed, or GN: a second pass
+            would count a batch twice.
         pretrained: 'torchvision://resnet50' or a file, loaded when training starts; None
             starts from random weights.
     """
@@ -172,6 +177,7 @@ class ResNet(nn.Module):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         style: Literal['pytorch', 'caffe'] = 'pytorch',
         zero_init_residual: bool = True,
+        with_cp: bool = False,
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
@@ -187,7 +193,11 @@ class ResNet(nn.Module):
         block, num_blocks = ARCHITECTURES[depth]
         if block is BasicBlock and (groups > 1 or dcn or style == 'caffe'):
             raise ValueError(f'backbone.depth={depth}: groups, dcn and the caffe style need depth 50 or more')
+        if with_cp and not norm_eval and norm_cfg['type'] != 'GN':
+            raise ValueError('backbone.with_cp=True needs norm_eval=True: the blocks run twice, and would '
+                             'count each batch twice in the running statistics')
         self.norm_eval = norm_eval
+        self.with_cp = with_cp
         self.frozen_stages = frozen_stages
         self.out_indices = out_indices
         self.pretrained = pretrained
@@ -232,7 +242,7 @@ class ResNet(nn.Module):
             return []
         return [self.conv1, self.bn1, *self._stages()[:self.frozen_stages]]
 
-    def _stages(self) -> list[nn.Module]:
+    def _stages(self) -> list[Any]:
         return [self.get_submodule(f'layer{i}') for i in range(1, 5)]
 
     def train(self, mode: bool = True) -> 'ResNet':
@@ -244,9 +254,10 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to c2 .. c5, (N, C_i, H / stride_i, W / stride_i), strides 4 .. 32."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         outputs = []
         for stage in self._stages():
-            x = stage(x)
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
             outputs.append(x)
         return [outputs[i] for i in self.out_indices]

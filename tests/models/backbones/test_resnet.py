@@ -24,21 +24,21 @@ def torchvision_features(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize('gcb', [{}, GCB], ids=['plain', 'new context blocks'])
 @pytest.mark.parametrize('depth', [18, 50])
 def test_features_are_torchvisions(depth: int, gcb: dict) -> None:
-    reference = getattr(torchvision.models, f'resnet{depth}')(weights=None).eval()
+    reference = getattr(torchvision.models, f'resnet{depth}')(weights=None).eval().double()
     for norm in reference.modules():
         if isinstance(norm, NORM):
             for tensor in (norm.weight, norm.running_var):
                 nn.init.uniform_(tensor, 0.5, 1.0)
             for tensor in (norm.bias, norm.running_mean):
                 nn.init.normal_(tensor, std=0.1)
-    model = ResNet(depth, **gcb).eval()
+    model = ResNet(depth, **gcb).eval().double()
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert set(unexpected) == {'fc.weight', 'fc.bias'}
     assert all('context_block' in name for name in missing) and bool(missing) == bool(gcb)
-    x = torch.randn(2, 3, 64, 96)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         for found, expected in zip(model(x), torchvision_features(reference, x), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
@@ -134,7 +134,8 @@ def test_bad_arguments(options: dict, message: str) -> None:
 def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> None:
     """Hooks tell what enters the block, and the output of the residual block what becomes of it."""
     gcb = dict(type=kind, position=position)
-    net = ResNet(depth, gcb=gcb, stage_with_gcb=(False, (-1,), False, False)).eval()
+    # In training mode no norm is folded into its convolution, so all are called.
+    net = ResNet(depth, gcb=gcb, stage_with_gcb=(False, (-1,), False, False), norm_eval=False).train()
     [block] = [block for block in net.layer2 if hasattr(block, 'context_block')]
     assert block is net.layer2[-1]
     entered, left = {}, {}
@@ -165,3 +166,26 @@ def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> N
 def test_positions_and_blocks_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="gcb.position='after_conv3': blocks of ResNet-18 and 34"):
         ResNet(18, gcb=dict(position='after_conv3'), stage_with_gcb=(True, True, True, True))
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    model = ResNet(18, frozen_stages=1, **GCB).double().train()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    found, kept = [], []
+    for model.with_cp in (False, True):
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            kept.clear()
+            out = model(x)
+            found.append([sum(t.numel() for t in kept if t.dim() and len(t) == 2)])  # the maps, of two images
+        sum(level.square().mean() for level in out).backward()
+        found[-1] += [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found[0]) > 40 and found[1][0] < 0.5 * found[0][0]
+    for expected, grad in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_running_statistics_and_checkpointed_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match='backbone.with_cp=True needs norm_eval=True'):
+        ResNet(18, with_cp=True, norm_eval=False)
+    ResNet(18, with_cp=True, norm_eval=False, norm_cfg=dict(type='GN', num_groups=2))
