@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import torch
 from mmengine.config import Config
 
 from mmdet.checkpoint import load_meta
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     cfg.launcher = launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     set_test(cfg, args)
+    set_precision(cfg, args.amp)
 
     runner = DetectionRunner.from_cfg(cfg)
     runner.logger.info(f'work_dir: {runner.work_dir}, processes: {runner.world_size}, {hardware}')
@@ -92,6 +94,21 @@ def set_test(cfg: Config, args: argparse.Namespace) -> None:
         cfg.test_evaluator.eval_backend = args.eval_backend
     if args.show_dir:
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='DrawHook', out_dir=args.show_dir)]
+
+
+def set_precision(cfg: Config, amp: str | None) -> None:
+    """Test in mixed precision if ``amp`` is 'auto', 'bf16' or 'fp16'.
+
+    Raises:
+        ValueError: float16 without a GPU.
+    """
+    if amp is None:
+        return
+    cfg.test_cfg.fp16 = True  # any half precision: the default of autocast, which is bfloat16 on the CPU
+    if torch.cuda.is_available():
+        torch.set_autocast_dtype('cuda', torch.bfloat16 if amp == 'bf16' else torch.float16)
+    elif amp == 'fp16':
+        raise ValueError('float16 needs a GPU; on the CPU use bfloat16 (--amp bf16)')
 
 
 def check_classes(meta: dict, classes: Sequence[str], checkpoint: str) -> None:

@@ -28,8 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--resume_from', metavar='CHECKPOINT',
                         help="go on from this checkpoint; 'auto': from the last one in the work_dir")
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random, and logged)')
-    parser.add_argument('--amp', nargs='?', const='auto', choices=['auto', 'bf16', 'fp16'],
-                        help='mixed precision (default fp16 on a GPU, bf16 on the CPU)')
+    parser.add_argument('--compile', action='store_true',
+                        help='torch.compile of backbone and neck; needs a C++ compiler on the CPU')
     add_common_arguments(parser)
     return parser
 
@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     set_evaluation(cfg, args.validate)
     set_precision(cfg, args.amp)
+    if args.compile:
+        cfg.compile = True
     seed_from = set_start(cfg, args.resume_from, args.seed, args.trust_checkpoint)
 
     runner = DetectionRunner.from_cfg(cfg)

@@ -30,6 +30,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none',
                         help='what has started the processes, if not this command')
     parser.add_argument('--local_rank', type=int, help='ignored; old launchers pass it')
+    parser.add_argument('--amp', nargs='?', const='auto', choices=['auto', 'bf16', 'fp16'],
+                        help='mixed precision (default fp16 on a GPU, bf16 on the CPU)')
     parser.add_argument('--trust_checkpoint', action='store_true',
                         help='load a checkpoint even if it holds what could run code')
     parser.add_argument('--legacy_2019', action='store_true',

@@ -17,6 +17,7 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
+from torch.utils.data import DataLoader
 
 import mmdet
 from mmdet import checkpoint as checkpoint_file
@@ -70,6 +71,16 @@ class DetectionRunner(Runner):
         for value in model.state_dict().values():
             broadcast(value)
 
+    def _maybe_compile(self, target: str) -> None:
+        """torch.compile of backbone and neck as ``cfg.compile`` says: True, or a dict of its arguments.
+
+        The names in the state dict stay. The heads are left alone: their shapes change with every image.
+        """
+        options = self.cfg.get('compile')
+        if options:
+            for part in ('backbone', 'neck'):
+                self.bare_model.get_submodule(part).compile(**({} if options is True else options))
+
     # ---------------------------------------------------------------- log
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
@@ -105,6 +116,15 @@ class DetectionRunner(Runner):
         """Leave the resolved config of a training in its folder; a test leaves that one alone."""
         if self._train_loop is not None:
             super().dump_config()
+
+    # ---------------------------------------------------------------- data
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """mmengine's. For a GPU, batches are kept in page-locked memory: their copying stops nothing."""
+        if isinstance(dataloader, dict):
+            dataloader = dict(pin_memory=torch.cuda.is_available()) | dataloader
+        return Runner.build_dataloader(dataloader, *args, **kwargs)
 
     # ---------------------------------------------------------------- learning rate
 

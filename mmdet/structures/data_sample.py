@@ -1,5 +1,6 @@
 """The one container that crosses the borders data set -> preprocessor -> model -> metric."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -39,9 +40,16 @@ class DataSample:
 
     def to(self, device: torch.device) -> 'DataSample':
         """A copy whose tensors are on ``device``."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> 'DataSample':
+        """A copy whose tensors are in page-locked memory; the data loader asks for it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> 'DataSample':
+        mapped: dict[str, Any] = {
+            f.name: function(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **mapped)

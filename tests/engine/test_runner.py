@@ -38,6 +38,49 @@ def test_two_and_two_epochs_are_four(toy_runner, tmp_path: Path) -> None:
     assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
 
 
+def test_an_average_of_the_weights_is_what_is_saved_and_resumed(toy_runner, tmp_path: Path) -> None:
+    average = [dict(type='EMAHook', momentum=0.5)]
+    toy_runner('plain').train()
+    four = toy_runner('four', custom_hooks=average)
+    four.train()
+    toy_runner('two', custom_hooks=average, train_cfg__max_epochs=2).train()
+    start = str(tmp_path / 'two' / 'epoch_2.pth')
+    toy_runner('rest', custom_hooks=average, load_from=start, resume=True).train()
+    assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+    plain, saved = (load_file(tmp_path / name / 'epoch_4.pth') for name in ('plain', 'four'))
+    trained = four.bare_model.state_dict()
+    for name, value in plain['state_dict'].items():
+        assert torch.equal(trained[name], value)
+    assert not torch.equal(saved['state_dict']['fc.weight'], plain['state_dict']['fc.weight'])
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(
+        toy_runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, 'rand', lambda *shape: torch.zeros(*shape))  # keep every element of the loss
+    found = []
+    for name, batch, count in (('one', 4, 1), ('two', 2, 2)):
+        runner = toy_runner(name, train_cfg__max_epochs=1, train_dataloader__batch_size=batch,
+                            optim_wrapper__accumulative_counts=count, param_scheduler=None)
+        runner.bare_model.bn = torch.nn.Identity()
+        runner.train()
+        assert runner.total_batch == 4
+        found.append(runner.bare_model.fc.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_backbone_and_neck_are_compiled_under_their_names(toy_runner) -> None:
+    runner = toy_runner('c')
+    model, x = runner.bare_model, torch.randn(1, 3, 4, 4)
+    model.backbone, model.neck = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+    names, expected = list(model.state_dict()), model.backbone(x)
+    runner._maybe_compile('train_step')
+    assert model.backbone._compiled_call_impl is None
+    runner.cfg.compile = dict(backend='eager')
+    runner._maybe_compile('train_step')
+    assert None not in (model.backbone._compiled_call_impl, model.neck._compiled_call_impl)
+    assert list(model.state_dict()) == names and torch.equal(model.backbone(x), expected)
+
+
 def test_another_seed_is_another_training(toy_runner, tmp_path: Path) -> None:
     toy_runner('a', train_cfg__max_epochs=1).train()
     toy_runner('b', train_cfg__max_epochs=1, randomness=dict(seed=4)).train()

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from mmdet.structures.data_sample import DataSample
@@ -9,6 +10,14 @@ def test_a_moved_sample_is_a_copy() -> None:
     assert moved.boxes.device.type == moved.labels.device.type == moved.ignored_boxes.device.type == 'meta'
     assert moved.masks is None and moved.img_shape == (8, 12)
     assert sample.boxes.device.type == 'cpu'
+
+
+@pytest.mark.cuda
+def test_a_pinned_sample_is_a_copy() -> None:
+    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4))
+    pinned = sample.pin_memory()
+    assert pinned.boxes.is_pinned() and pinned.labels.is_pinned() and pinned.ignored_boxes.is_pinned()
+    assert pinned.masks is None and torch.equal(pinned.boxes, sample.boxes) and not sample.boxes.is_pinned()
 
 
 def test_a_sample_without_objects_has_empty_tensors_of_its_own() -> None:

@@ -34,10 +34,21 @@ def test_one_and_two_processes_write_the_same_file(run_toy, checkpoint: Path, tm
     assert len(eval(written)) == 5
 
 
+def test_half_precision_comes_near(run_toy, checkpoint: Path, tmp_path: Path) -> None:
+    for name, flags in (('single', ()), ('half', ('--amp', 'bf16'))):
+        done = run_toy('tools/test.py', TOY, checkpoint, '--out', f'{name}.pkl', *flags, **ON_CPU)
+        assert done.returncode == 0, done.stderr
+    single, half = (
+        torch.tensor(eval((tmp_path / f'{name}.pkl').read_bytes())) for name in ('single', 'half'))
+    assert not torch.equal(single, half)
+    torch.testing.assert_close(single, half, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
         ([], 'nothing to do with the predictions: give --eval, --out, --json_prefix or --show_dir'),
+        (['--out', 'r.pkl', '--amp', 'fp16'], 'float16 needs a GPU; on the CPU use bfloat16 (--amp bf16)'),
         (['--out', 'r.json'], '--out r.json must end in .pkl or .pickle'),
         (['--out', 'e.pth/r.pkl'], "[Errno 17] File exists: 'e.pth'"),
         (

@@ -67,7 +67,8 @@ class FCNMaskHead(nn.Module):
 
     def predict(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Probabilities (n, M, M) of the class in labels (n,)."""
-        return _of_class(logits, labels).sigmoid()
+        logits = _of_class(logits, labels)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
     def paste(self, masks: Tensor, boxes: Tensor, shape: tuple[int, int], threshold: float) -> list[RLE]:
         """Probabilities (n, M, M) inside boxes (n, 4) to masks of an image of ``shape``, as COCO RLE."""
