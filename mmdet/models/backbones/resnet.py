@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        identity = conv_norm(*self.downsample, x) if self.downsample is not None else x
+        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         out = self.relu(conv_norm(self.conv1, self.bn1, x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
@@ -101,7 +101,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        identity = conv_norm(*self.downsample, x) if self.downsample is not None else x
+        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         out = self.relu(conv_norm(self.conv1, self.bn1, x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
