@@ -1,0 +1,150 @@
+"""Time peers side by side: each in its own process, in turns, with malloc as it is and told to keep memory.
+
+A script calls ``main`` with its peers. It is then started once a peer, with ``--worker PEER``: that process
+prepares, runs a step to warm up, says what came out of it, and runs and times one step for each line that
+it reads.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from terminaltables import AsciiTable
+
+Step = Callable[[], Any]
+"""Runs one step and returns what is compared with other peers, in types that JSON knows."""
+Peer = Callable[[argparse.Namespace], Step]
+"""Prepares a step from the script's arguments, in a process of its own."""
+# Read by glibc at process start: large blocks come from the heap, which is never given back.
+KEEP_MEMORY = dict(GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4611686018427387904')
+MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
+
+
+def common_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flags of every script."""
+    parser = argparse.ArgumentParser(description=(doc or '').partition('\n')[0])
+    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    parser.add_argument('--rounds', type=int, default=5, help='timed steps of each peer')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of each process')
+    return parser
+
+
+def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequence[str],
+         agree: Callable[[dict[str, Any]], Iterable[str]]) -> None:
+    """Time the peers on each case and print times, ratios to the first peer, and how their results agree.
+
+    Args:
+        parser: from ``common_parser``, with the script's flags, ``--peers`` not among them.
+        peers: by name; the first is what the others are compared with.
+        cases: values of the flag ``--case``; a peer is prepared for one of them.
+        agree: lines on how the results of a case agree, from the peers' results by name.
+    """
+    parser.add_argument('--case', nargs='+', choices=cases, default=cases)
+    parser.add_argument('--peers', nargs='+', choices=list(peers), default=list(peers))
+    parser.add_argument('--worker', choices=list(peers), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        args.case = args.case[0]
+        return _serve(args, peers[args.worker])
+    records = []
+    for case in args.case:
+        timed = {}
+        for malloc, env in MALLOC.items():
+            timed[malloc], results = _time_in_turns(args.peers, case, args, env)
+            records += [dict(case=case, malloc=malloc, peer=name, wall=wall, cpu=cpu)
+                        for name, (wall, cpu) in timed[malloc].items()]
+        print(_table(case, timed), *agree(results), '', sep='\n', flush=True)
+    write_json(args, records)
+
+
+def _serve(args: argparse.Namespace, peer: Peer) -> None:
+    channel = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(args.threads)
+    step = peer(args)
+    answer: Any = step()
+    print(json.dumps(answer), file=channel, flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        step()
+        answer = time.perf_counter() - wall, time.process_time() - cpu
+        print(json.dumps(answer), file=channel, flush=True)
+
+
+def _time_in_turns(
+    names: Sequence[str], case: str, args: argparse.Namespace, env: dict[str, str]
+) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, Any]]:
+    """Seconds (wall, CPU) of each round and results, by peer."""
+    words = [sys.executable, *sys.argv, '--case', case, '--worker']
+    threads = dict(OMP_NUM_THREADS=str(args.threads))
+    workers, results = {}, {}
+    for name in names:
+        workers[name] = subprocess.Popen(
+            [*words, name], env=os.environ | threads | env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        results[name] = _answer(name, workers[name])
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for _ in range(args.rounds):
+        for name, worker in workers.items():
+            assert worker.stdin is not None
+            print(file=worker.stdin, flush=True)
+            for column, seconds in zip(times[name], _answer(name, worker)):
+                column.append(seconds)
+    for worker in workers.values():
+        worker.communicate()
+    return times, results
+
+
+def _answer(name: str, worker: subprocess.Popen) -> Any:
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f'{name} has stopped; `{" ".join(map(str, worker.args))}` shows why')  # type: ignore
+    return json.loads(line)
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> str:
+    """How many times ``fast`` is faster than ``slow``, round by round: median (smallest to largest)."""
+    each = [a / b for a, b in zip(slow, fast)]
+    return f'{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})'
+
+
+def _table(case: str, timed: dict[str, dict[str, tuple[list[float], list[float]]]]) -> str:
+    rows = [[case, 'seconds', *(f'{malloc}: median, ratio' for malloc in timed)]]
+    for name in next(iter(timed.values())):
+        for i, clock in enumerate(('wall', 'CPU')):
+            row = [name if i == 0 else '', clock]
+            for times in timed.values():
+                first, seconds = next(iter(times.values()))[i], times[name][i]
+                row.append(f'{statistics.median(seconds):7.3f}  {ratios(first, seconds)}')
+            rows.append(row)
+    return AsciiTable(rows).table
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were measured."""
+    cpu = platform.processor()
+    if Path('/proc/cpuinfo').exists():
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
+    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load=os.getloadavg(), torch=torch.__version__,
+                python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M'))
+
+
+def write_json(args: argparse.Namespace, records: Sequence[dict[str, Any]]) -> None:
+    """Write the records, the machine and the arguments to ``--out``, if that is given."""
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        options = {key: value if isinstance(value, list | int | float | None) else str(value)
+                   for key, value in vars(args).items()}
+        content = dict(machine=machine(), command=' '.join(sys.argv), options=options, records=records)
+        args.out.write_text(json.dumps(content, indent=1))

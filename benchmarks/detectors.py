@@ -1,0 +1,135 @@
+"""The detectors that are compared, with the same weights, and the images they see."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs' / 'gcnet'
+NUM_CLASSES = 80
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--data``: real images."""
+    parser.add_argument('--data', type=Path, required=True,
+                        help='folder with annotations/instances_{train,val}2017.json, train2017/, val2017/')
+    parser.add_argument('--batch', type=int, help='images a step')
+
+
+def random_weights(model: nn.Module, seed: int = 0) -> None:
+    """Weights with which activations keep their size and 100 objects an image are found, trained or not."""
+    generator = torch.Generator().manual_seed(seed)
+    gains = {'rpn_cls': 0.15, 'rpn_reg': 0.1, 'fc_cls': 1.0, 'fc_reg': 0.15, 'conv_logits': 1.0, 'neck': 1.0,
+             'conv_mask': 1.0, 'channel_add_conv.3': 0.5}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        value = torch.randn(tensor.shape, generator=generator)
+        if name.endswith('running_var'):
+            value = (0.1 * value).exp()
+        elif name.endswith(('bias', 'running_mean')):
+            value *= 0.05
+        elif tensor.dim() in (2, 4):
+            fan_in = tensor.shape[0] if 'upsample' in name else tensor.shape[1:].numel()
+            gain = next((g for part, g in gains.items() if part in name), 2**0.5)
+            value *= gain / fan_in**0.5
+        else:  # norms; a small one at the end keeps the sum of the residual branches small
+            value = (1 + 0.05 * value) * (0.3 if 'bn3' in name else 1)
+        tensor.copy_(value)
+
+
+def build_detector(config: str, size: int) -> tuple[Any, Any]:
+    """The config and its detector, whose RoIAlign is torchvision's: 2 x 2 samples, no half-pixel shift."""
+    from mmdet.registry import MODELS
+    from mmdet.utils.config import load_config
+
+    cfg = load_config(CONFIGS / config, {'model.backbone.pretrained': None})
+    for kind in ('bbox', 'mask'):
+        extractor = cfg.model.roi_head[f'{kind}_roi_extractor']
+        extractor.shift = 0.5
+        extractor.roi_layer.sampling_ratio = 2
+    for part in ('train', 'test'):
+        for step in cfg[f'{part}_dataloader'].dataset.pipeline:
+            if step['type'] == 'Resize':
+                step['scale'] = (round(size * 1333 / 800), size)
+    model = MODELS.build(cfg.model)
+    random_weights(model)
+    return cfg, model
+
+
+def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int, number: int) -> dict[str, Any]:
+    """The first ``number`` images whose short side became ``size``, not limited by the long side."""
+    from mmengine.dataset import pseudo_collate
+
+    from mmdet.registry import DATASETS
+
+    dataset = DATASETS.build(dict(cfg[f'{part}_dataloader'].dataset, data_root=str(args.data)))
+    items = (dataset[i] for i in range(len(dataset)))
+    fitting = (item for item in items if min(item['inputs'].shape[1:]) == size)
+    return pseudo_collate([item for item, _ in zip(fitting, range(number))])
+
+
+def build_torchvision(model: nn.Module, size: int) -> Any:
+    """torchvision's maskrcnn_resnet50_fpn with frozen batch norm and the weights of ``model``."""
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    backbone = resnet_fpn_backbone(backbone_name='resnet50', weights=None, trainable_layers=3)
+    peer = MaskRCNN(backbone, NUM_CLASSES + 1, min_size=size, max_size=10 * size)
+    peer.load_state_dict(torchvision_state(model.state_dict()))
+    generator: Any = model.rpn_head.anchor_generator  # torchvision rounds its anchors
+    peer.rpn.anchor_generator.cell_anchors = [generator.base_anchors(s).float() for s in generator.strides]
+    return peer
+
+
+def torchvision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of this project's Mask R-CNN R50-FPN under torchvision's names, with background first."""
+    names = {
+        'backbone.': 'backbone.body.', 'neck.lateral_convs': 'backbone.fpn.inner_blocks',
+        'neck.fpn_convs': 'backbone.fpn.layer_blocks', 'rpn_head.rpn_conv': 'rpn.head.conv.0.0',
+        'rpn_head.rpn_cls': 'rpn.head.cls_logits', 'rpn_head.rpn_reg': 'rpn.head.bbox_pred',
+        'roi_head.bbox_head.shared_fcs.0': 'roi_heads.box_head.fc6',
+        'roi_head.bbox_head.shared_fcs.1': 'roi_heads.box_head.fc7',
+        'roi_head.bbox_head.fc_cls': 'roi_heads.box_predictor.cls_score',
+        'roi_head.bbox_head.fc_reg': 'roi_heads.box_predictor.bbox_pred',
+        'roi_head.mask_head.convs': 'roi_heads.mask_head',
+        'roi_head.mask_head.upsample': 'roi_heads.mask_predictor.conv5_mask',
+        'roi_head.mask_head.conv_logits': 'roi_heads.mask_predictor.mask_fcn_logits'}
+    converted = {}
+    for name, value in state.items():
+        if name.endswith('num_batches_tracked'):
+            continue
+        if 'fc_cls' in name:
+            value = value.roll(1, dims=0)
+        elif 'fc_reg' in name or 'conv_logits' in name:
+            rows = len(value) // NUM_CLASSES
+            value = torch.cat([torch.zeros_like(value[:rows]), value])
+        old, new = next((old, new) for old, new in names.items() if name.startswith(old))
+        converted[new + name[len(old):].replace('.conv.', '.0.')] = value
+    return converted
+
+
+def torchvision_images(batch: dict[str, Any]) -> list[Tensor]:
+    """The loader's BGR images (3, H, W) as torchvision's models take them: RGB, 0 to 1."""
+    return [image.flip(0).float() / 255 for image in batch['inputs']]
+
+
+def agreement(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> str:
+    """How many expected detections were found: the same, or at least of the same label where they are."""
+    same = near = total = 0
+    for a, b in zip(found, expected):
+        boxes = [torch.tensor(r['boxes']).reshape(-1, 4) for r in (a, b)]
+        scores, labels = ([torch.tensor(r[key]) for r in (a, b)] for key in ('scores', 'labels'))
+        same_label = labels[0][:, None] == labels[1]
+        distance = (boxes[0][:, None] - boxes[1]).abs().amax(dim=2)
+        equal = same_label & (distance < 0.5) & ((scores[0][:, None] - scores[1]).abs() < 1e-3)
+        same += int(equal.any(dim=0).sum())
+        near += int((same_label & (box_iou(*boxes) > 0.5)).any(dim=0).sum())
+        total += len(labels[1])
+    return (f'of {total} detections {same} have the same label, box (0.5 pixel) and score (0.001), '
+            f'{near} the same label and a box of IoU > 0.5')

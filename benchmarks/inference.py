@@ -1,0 +1,81 @@
+"""Inference of Mask R-CNN R50-FPN: from loaded images to boxes and masks of the original size.
+
+    python benchmarks/inference.py --data COCO --case 800 256
+
+torchvision's masks are thresholded but not encoded; ours are COCO RLE.
+"""
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from common import Peer, Step, common_parser, main
+from detectors import (
+    add_data_arguments,
+    agreement,
+    build_detector,
+    build_torchvision,
+    load_batch,
+    torchvision_images,
+)
+
+PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
+
+
+def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
+    from mmdet.utils.env import setup_cpu
+
+    setup_cpu()
+    cfg, model = build_detector(config, int(args.case))
+    model.eval()
+    batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
+
+    @torch.no_grad()
+    def step() -> Any:
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            results = model.test_step(batch)
+        return [dict(boxes=(r['boxes'] * r['boxes'].new_tensor(s.scale_factor).repeat(2)).tolist(),
+                     scores=r['scores'].tolist(), labels=r['labels'].tolist())
+                for r, s in zip(results, batch['data_samples'])]
+    return step
+
+
+def context(args: argparse.Namespace) -> Step:
+    return plain(args, CONTEXT)
+
+
+def bfloat16(args: argparse.Namespace) -> Step:
+    return plain(args, PLAIN, amp=True)
+
+
+def torchvision(args: argparse.Namespace) -> Step:
+    cfg, model = build_detector(PLAIN, int(args.case))
+    peer = build_torchvision(model, int(args.case)).eval()
+    batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
+
+    @torch.no_grad()
+    def step() -> Any:
+        results = peer(torchvision_images(batch))
+        for result in results:
+            result['masks'] = result['masks'] > 0.5
+        return [dict(boxes=r['boxes'].tolist(), scores=r['scores'].tolist(),
+                     labels=(r['labels'] - 1).tolist()) for r in results]
+    return step
+
+
+def agree(results: dict[str, Any]) -> Iterable[str]:
+    for name in ('torchvision', 'bfloat16'):
+        if {name, 'float32'} <= results.keys():
+            yield f'float32 and {name}: {agreement(results["float32"], results[name])}'
+    counts = {name: [len(image['labels']) for image in found] for name, found in results.items()}
+    yield f'detections: {counts}'
+
+
+PEERS: dict[str, Peer] = {
+    'torchvision': torchvision, 'float32': plain, 'float32, GC r4': context, 'bfloat16': bfloat16}
+
+if __name__ == '__main__':
+    parser = common_parser(__doc__)
+    add_data_arguments(parser)
+    main(parser, PEERS, ['800', '256'], agree)

@@ -1,0 +1,77 @@
+"""A training step of Mask R-CNN R50-FPN: forward, losses, backward, SGD, on a batch of loaded images.
+
+    python benchmarks/train_step.py --data COCO --case 800 256
+
+Each step is on the same batch. The samplers draw at random, so that losses agree but roughly.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from common import Peer, Step, common_parser, main
+from detectors import add_data_arguments, build_detector, build_torchvision, load_batch, torchvision_images
+from torch import Tensor, nn
+
+PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
+
+
+def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
+    from mmdet.utils.env import setup_cpu
+
+    setup_cpu()
+    cfg, model = build_detector(config, int(args.case))
+    batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
+    options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
+
+    def losses() -> dict[str, Tensor]:
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            found = model(**model.data_preprocessor(batch, training=True), mode='loss')
+        return {name: loss for name, loss in found.items() if 'loss' in name}
+    return training_step(model, losses, options)
+
+
+def context(args: argparse.Namespace) -> Step:
+    return plain(args, CONTEXT)
+
+
+def bfloat16(args: argparse.Namespace) -> Step:
+    return plain(args, PLAIN, amp=True)
+
+
+def torchvision(args: argparse.Namespace) -> Step:
+    cfg, model = build_detector(PLAIN, int(args.case))
+    peer = build_torchvision(model, int(args.case))
+    batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
+    targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=s.masks) for s in batch['data_samples']]
+    return training_step(peer, lambda: peer(torchvision_images(batch), targets),
+                         dict(momentum=0.9, weight_decay=1e-4))
+
+
+def training_step(model: nn.Module, losses: Callable[[], dict[str, Tensor]], options: dict[str, Any]) -> Step:
+    """Forward, backward and update; gives the losses. They barely change the weights, so steps are alike."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6, **options)
+
+    def step() -> Any:
+        found = losses()
+        optimizer.zero_grad()
+        torch.stack(list(found.values())).sum().backward()
+        optimizer.step()
+        return {name: loss.item() for name, loss in found.items()}
+    return step
+
+
+def agree(results: dict[str, Any]) -> Iterable[str]:
+    for name, losses in results.items():
+        yield f'{name}: total loss {sum(losses.values()):.3f}'
+
+
+PEERS: dict[str, Peer] = {
+    'torchvision': torchvision, 'float32': plain, 'float32, GC r4': context, 'bfloat16': bfloat16}
+
+if __name__ == '__main__':
+    parser = common_parser(__doc__)
+    add_data_arguments(parser)
+    main(parser, PEERS, ['800', '256'], agree)
