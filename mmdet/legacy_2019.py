@@ -18,7 +18,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from torch import Tensor
 
-from mmdet.datasets.transforms import resize_masks
+from mmdet.datasets.masks import resize_masks
 from mmdet.models.roi_heads.mask_head import FCNMaskHead
 from mmdet.models.task_modules.anchor_generator import AnchorGenerator
 from mmdet.models.task_modules.box_coder import DeltaXYWHBBoxCoder

@@ -2,8 +2,8 @@
 
 Keys that they pass on in ``results``, beside those of CocoDataset: ``img`` (H, W, 3) uint8 BGR;
 ``ori_shape`` and ``img_shape`` (height, width) of the file and of ``img``; ``boxes`` (G, 4) and
-``ignored_boxes`` (I, 4) float32 xyxy in pixels of ``img``; ``labels`` (G,) int64; ``masks``
-(G, H, W) uint8; ``scale_factor`` (w, h); ``flip``.
+``ignored_boxes`` (I, 4) float32 xyxy in pixels of ``img``; ``labels`` (G,) int64; ``masks``, a MaskView
+that becomes (G, H, W) uint8 at the end; ``scale_factor`` (w, h); ``flip``.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from pycocotools import mask as coco_mask
 
+from mmdet.datasets.masks import flip_masks, rasterise_masks, resize_masks, view_masks
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.data_sample import DataSample
 from mmdet.structures.masks import RLE, segmentation_to_rle
@@ -62,7 +62,7 @@ class LoadAnnotations(BaseTransform):
     """Turns ``instances`` into arrays; crowds go to ``ignored_boxes`` and have neither label nor mask.
 
     Args:
-        with_mask: rasterise the segmentations too. An object whose polygons all have fewer than 3
+        with_mask: take the segmentations too. An object whose polygons all have fewer than 3
             points is then ignored, as in mmdetection.
     """
 
@@ -87,11 +87,7 @@ class LoadAnnotations(BaseTransform):
         results['labels'] = np.array([o['bbox_label'] for o in objects], np.int64)
         results['ignored_boxes'] = np.array([i['bbox'] for i in ignored], np.float32).reshape(-1, 4)
         if self.with_mask:
-            results['masks'] = np.zeros((len(rles), *results['ori_shape']), np.uint8)
-            # pycocotools stores columns one after the other; cv2.transpose is faster than NumPy's copy.
-            columns = coco_mask.decode(rles).transpose(2, 1, 0) if rles else []
-            for mask, column_mask in zip(results['masks'], columns):
-                cv2.transpose(column_mask, dst=mask)
+            results['masks'] = view_masks(rles, results['ori_shape'])
         return results
 
 
@@ -169,14 +165,6 @@ def _resize(results: Results, scale: tuple[int, int], keep_ratio: bool) -> Resul
     return results
 
 
-def resize_masks(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Masks (G, H, W) uint8 resized to ``shape`` (height, width), each pixel from the nearest."""
-    resized = np.empty((len(masks), *shape), np.uint8)
-    for mask, out in zip(masks, resized):
-        cv2.resize(mask, shape[::-1], dst=out, interpolation=cv2.INTER_NEAREST)
-    return resized
-
-
 @TRANSFORMS.register_module()
 class RandomFlip(BaseTransform):
     """Mirrors image, boxes and masks left to right with probability ``prob``."""
@@ -197,10 +185,8 @@ class RandomFlip(BaseTransform):
             if key in results:
                 x1, y1, x2, y2 = results[key].T
                 results[key] = np.stack([width - x2, y1, width - x1, y2], axis=1)
-        if len(results.get('masks', ())):
-            masks = results['masks']
-            # All rows of all masks as one image.
-            results['masks'] = cv2.flip(masks.reshape(-1, width), 1).reshape(masks.shape)
+        if 'masks' in results:
+            results['masks'] = flip_masks(results['masks'])
         return results
 
 
@@ -211,8 +197,10 @@ class PackDetInputs(BaseTransform):
     def transform(self, results: Results) -> dict[str, torch.Tensor | DataSample]:
         """Results to model input; keys that the pipeline has not set keep DataSample's defaults."""
         meta = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip')
-        arrays = ('boxes', 'labels', 'masks', 'ignored_boxes')
+        arrays = ('boxes', 'labels', 'ignored_boxes')
         values: Results = {key: results[key] for key in meta if key in results}
         values.update({key: torch.from_numpy(results[key]) for key in arrays if key in results})
+        if 'masks' in results:
+            values['masks'] = torch.from_numpy(rasterise_masks(results['masks']))
         inputs = torch.from_numpy(results['img']).permute(2, 0, 1).contiguous()
         return dict(inputs=inputs, data_samples=DataSample(**values))

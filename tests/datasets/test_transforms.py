@@ -13,7 +13,9 @@ from pycocotools.coco import COCO
 
 from mmdet.datasets import transforms as T
 from mmdet.datasets.coco import CocoDataset
+from mmdet.datasets.masks import rasterise_masks, view_masks
 from mmdet.registry import TRANSFORMS
+from mmdet.structures.masks import encode_rle
 
 PIPELINE: list[dict[str, Any]] = [
     dict(type='LoadImageFromFile'),
@@ -172,9 +174,9 @@ def test_images_without_boxes(make_coco):
     dtypes = [tensor.dtype for tensor in (sample.boxes, sample.labels, sample.masks)]
     assert dtypes == [torch.float32, torch.int64, torch.uint8]
     flipped = T.RandomFlip(1.).transform(dict(
-        img=np.zeros((4, 6, 3), np.uint8), img_shape=(4, 6), masks=np.zeros((0, 4, 6), np.uint8),
+        img=np.zeros((4, 6, 3), np.uint8), img_shape=(4, 6), masks=view_masks([], (4, 6)),
         boxes=np.zeros((0, 4), np.float32), rng=np.random.default_rng(0)))
-    assert flipped['boxes'].shape == (0, 4) and flipped['masks'].shape == (0, 4, 6)
+    assert flipped['boxes'].shape == (0, 4) and rasterise_masks(flipped['masks']).shape == (0, 4, 6)
 
 
 def test_test_pipeline_has_no_annotations(make_coco):
@@ -221,11 +223,12 @@ def test_resized_images_boxes_and_masks_of_the_reference(shared_dir):
 
 def results_of(height: int, width: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
+    bitmaps = torch.from_numpy(rng.integers(0, 2, (2, height, width), dtype=np.uint8))
     return dict(
         img=rng.integers(0, 256, (height, width, 3), dtype=np.uint8), img_shape=(height, width),
         boxes=np.array([[1, 2, 5, 7], [-3, -4, width + 5, height + 6]], np.float32),
         ignored_boxes=np.array([[0, 0, 2, 3]], np.float32), labels=np.array([0, 1]),
-        masks=rng.integers(0, 2, (2, height, width), dtype=np.uint8), rng=rng)
+        masks=view_masks(encode_rle(bitmaps), (height, width)), rng=rng)
 
 
 def test_resize_without_ratio():
@@ -235,7 +238,8 @@ def test_resize_without_ratio():
     assert results['boxes'].tolist() == [[2, 1, 10, 3.5], [0, 0, 30, 10]]
     assert results['ignored_boxes'].tolist() == [[0, 0, 4, 1.5]]
     # Nearest: pixel x of the result is pixel floor(x * old / new).
-    np.testing.assert_array_equal(results['masks'], before['masks'][:, ::2][:, :, np.arange(30) // 2])
+    masks, masks_before = (rasterise_masks(r['masks']) for r in (results, before))
+    np.testing.assert_array_equal(masks, masks_before[:, ::2][:, :, np.arange(30) // 2])
     assert results['boxes'].dtype == np.float32
 
 
@@ -243,7 +247,8 @@ def test_flip():
     results, before = T.RandomFlip(prob=1.).transform(results_of(9, 15)), results_of(9, 15)
     assert results['flip'] is True
     np.testing.assert_array_equal(results['img'], before['img'][:, ::-1])
-    np.testing.assert_array_equal(results['masks'], before['masks'][:, :, ::-1])
+    masks, masks_before = (rasterise_masks(r['masks']) for r in (results, before))
+    np.testing.assert_array_equal(masks, masks_before[:, :, ::-1])
     assert results['boxes'].tolist() == [[10, 2, 14, 7], [-5, -4, 18, 15]]
     assert results['ignored_boxes'].tolist() == [[13, 0, 15, 3]]
     kept = T.RandomFlip(prob=0.).transform(results_of(9, 15))
