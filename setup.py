@@ -212,11 +212,13 @@ def extension():
 
     # ATen's parallel_for is a header with OpenMP pragmas: without the flag it runs on one thread.
     openmp = ['-fopenmp'] if sys.platform == 'linux' else []
-    # at::vec has scalar loops unless told; contraction would fuse the other kernels' products and sums on AVX2 alone.
-    simd = ['-mavx2', '-mfma', '-mf16c', '-DCPU_CAPABILITY=AVX2', '-DCPU_CAPABILITY_AVX2', '-ffp-contract=off']
-    if torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
-        simd = []
-    flags = {'cxx': ['-O3', '-std=c++20', '-Wall', '-Wno-unknown-pragmas', *openmp, *simd], 'nvcc': ['-O3', '-std=c++20']}
+    simd = []
+    if torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512'):
+        # Without the macros at::vec has plain loops; contraction would round sums of products elsewhere anew.
+        simd = ['-mavx2', '-mfma', '-mf16c', '-DCPU_CAPABILITY=AVX2', '-DCPU_CAPABILITY_AVX2']
+        simd += ['-ffp-contract=off']
+    cxx = ['-O3', '-std=c++20', '-Wall', '-Wno-unknown-pragmas', *openmp, *simd]
+    flags = {'cxx': cxx, 'nvcc': ['-O3', '-std=c++20']}
     common = dict(extra_compile_args=flags, extra_link_args=openmp, depends=sources('**/*.h'),
                   py_limited_api=True)
     files = sources('*.cpp') + sources('cpu/*.cpp')

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 
-def context_pool(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def context_pool(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention pooling: a 1x1 convolution to one channel, softmax over all positions, weighted mean of x.
 
     Args:

@@ -257,7 +257,7 @@ def test_errors(device):
             (lambda: context_pool(x.int(), weight, bias), TypeError, 'x must be floating point, got Int'),
             (lambda: context_fuse(x, scale[:1], None), ValueError, r'scale must be \[2, 3\], got \[1, 3\]'),
             (lambda: context_fuse(x, None, scale.int()), TypeError, 'shift must be floating point, got Int'),
-            (lambda: context_fuse(x, None, scale, x[:, :, 1:]), ValueError, r'identity must be \[2, 3, 4, 5\]')]:
+            (lambda: context_fuse(x, None, scale, x[:, :, 1:]), ValueError, r'identity must be \[2, 3,')]:
         with pytest.raises(error, match=message) as caught:
             call()
         assert '\n' not in str(caught.value)
@@ -273,7 +273,8 @@ def test_opcheck(device, dtype, requires_grad):
     for args in ((scale, scale, x, True), (scale, None, None, False), (None, scale, x, False)):
         torch.library.opcheck(ops.context_fuse.default, (x, *args))
     x, weight, scale = x.detach(), weight.detach(), scale.detach()
-    for x in (x, x.contiguous(memory_format=torch.channels_last)):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=layout)
         context, attention = (part.detach() for part in ops.context_pool(x, weight, bias))
         for grad_map in (None, x):
             torch.library.opcheck(
