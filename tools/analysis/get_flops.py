@@ -34,7 +34,10 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def flops_of_context_pool(x: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the 1x1 convolution to one channel and of the weighted sum, from the shape (N, C, H, W) of x."""
+    """Of the 1x1 convolution to one channel and of the weighted sum, from the shape (N, C, H, W) of x.
+
+    An average is computed, and counted, in the same way.
+    """
     return 2 * 2 * math.prod(x)
 
 

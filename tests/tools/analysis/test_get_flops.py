@@ -53,13 +53,17 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
     assert more - fewer == 256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320)
 
 
+# c4 of an image of 64 x 64 has 1024 channels at 16 positions; the operator that pools by attention also averages.
+POOLING = 2 * 1024 * 16
+
+
 @pytest.mark.parametrize('gcb, expected', [
-    # c4 of an image of 64 x 64: 1024 channels at 16 positions.
-    (dict(ratio=1 / 16), 2 * 1024 * 16 + 2 * 1024 * 64),
-    (dict(ratio=1 / 16, pooling_type='avg', fusion_types=('channel_add', 'channel_mul')), 2 * 2 * 1024 * 64),
+    (dict(ratio=1 / 16), POOLING + 2 * 1024 * 64),
+    (dict(ratio=1 / 16, pooling_type='avg', fusion_types=('channel_add', 'channel_mul')),
+     POOLING + 2 * 2 * 1024 * 64),
     (dict(type='NL', ratio=1 / 2), 4 * 1024 * 512 * 16 + 2 * 512 * 16**2),
-    (dict(type='SNL'), 2 * 1024 * 16 + 1024**2),
-    (dict(type='SE', ratio=1 / 16), 2 * 1024 * 64)])
+    (dict(type='SNL'), POOLING + 1024**2),
+    (dict(type='SE', ratio=1 / 16), POOLING + 2 * 1024 * 64)])
 def test_multiply_adds_of_context_blocks_by_hand(gcb: dict, expected: int) -> None:
     found = [get_flops.count_multiply_adds(model, 64, 64, 1) for model in (
         build(gcb=dict(gcb, _delete_=True), stage_with_gcb=LAST_OF_C4),
