@@ -53,7 +53,7 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
     assert more - fewer == 256 * 49 * 1024 + 1024 * 1024 + 1024 * (81 + 320)
 
 
-# c4 of an image of 64 x 64 has 1024 channels at 16 positions; the operator that pools by attention also averages.
+# c4 of an image of 64 x 64: 1024 channels at 16 positions. The operator that pools by attention averages too.
 POOLING = 2 * 1024 * 16
 
 
