@@ -34,8 +34,11 @@ def main() -> None:
     add_data_arguments(parser)
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
     args = parser.parse_args()
+    from mmengine.registry import init_default_scope
+
     from mmdet.utils.config import load_config
 
+    init_default_scope('mmdet')
     cfg = load_config(CONFIGS / 'mask_rcnn_r50_fpn_1x.py').train_dataloader
     cfg.dataset.data_root = str(args.data)
     cfg.batch_size = args.batch or cfg.batch_size
