@@ -129,7 +129,7 @@ def test_the_name_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize('name', ABLATION)
 def test_an_ablation_differs_from_the_baseline_in_its_context_blocks_alone(name: str) -> None:
-    cfg, base = (load(path)[0].to_dict() for path in (ABLATION[name], GCNET['mask_rcnn_r50_fpn_1x']))
+    cfg, base = (load(path)[0].to_dict() for path in (ABLATION[name], GCNET['mask_rcnn_r50_fpn_syncbn_1x']))
     for key in ('gcb', 'stage_with_gcb'):
         assert cfg['model']['backbone'].pop(key)
     assert cfg == base
@@ -137,7 +137,7 @@ def test_an_ablation_differs_from_the_baseline_in_its_context_blocks_alone(name:
 
 
 def test_no_two_ablations_are_the_same() -> None:
-    published = [path for name, path in GCNET.items() if name.endswith('gcb_c3-c5_r50_fpn_1x')]
+    published = [path for name, path in GCNET.items() if name.endswith('gcb_c3-c5_r50_fpn_syncbn_1x')]
     blocks = [load(path)[0].model.backbone for path in [*published, *ABLATION.values()]]
     assert len({str((b.gcb.to_dict(), b.stage_with_gcb)) for b in blocks}) == len(blocks) == 18
 
@@ -146,8 +146,8 @@ def test_readme_of_the_ablations() -> None:
     """It has every config, with its parameters, and the AP of those that were published."""
     text = (ROOT / 'configs/gcnet/ablation/README.md').read_text()
     rows = re.findall(r'\| \[(.*)\]\((.*)\) \| ([\d.]+) \| (.*) ?\|$', text, re.MULTILINE)
-    assert {name for name, *_ in rows} == {*ABLATION, 'mask_rcnn_r50_fpn_1x', *(
-        f'mask_rcnn_r{ratio}_gcb_c3-c5_r50_fpn_1x' for ratio in (4, 16))}
+    assert {name for name, *_ in rows} == {*ABLATION, 'mask_rcnn_r50_fpn_syncbn_1x', *(
+        f'mask_rcnn_r{ratio}_gcb_c3-c5_r50_fpn_syncbn_1x' for ratio in (4, 16))}
     for name, link, millions, ap in rows:
         path = (ROOT / 'configs/gcnet/ablation' / link).resolve()
         assert path == (GCNET | ABLATION)[name]
@@ -178,7 +178,7 @@ def test_parameter_counts_are_the_published_ones(name: str, shared_dir: Path) ->
 
 # The deeper ones and most ablations have the same parts as others, but for one with everything.
 EVERYTHING = 'cascade_mask_rcnn_r4_gcb_dconv_c3-c5_x101_32x4d_fpn_syncbn_1x'
-OTHER_BLOCKS = {f'mask_rcnn_{block}_r50_fpn_1x' for block in (
+OTHER_BLOCKS = {f'mask_rcnn_{block}_r50_fpn_syncbn_1x' for block in (
     'nl_one_c4', 'snl_c3-c5', 'r16_se_c3-c5', 'r16_gcb_avg_mul_c3-c5')}
 R50 = {path.stem for path in CONFIGS if '101' not in path.stem}
 QUICK = R50 - ABLATION.keys() | {EVERYTHING, *OTHER_BLOCKS}

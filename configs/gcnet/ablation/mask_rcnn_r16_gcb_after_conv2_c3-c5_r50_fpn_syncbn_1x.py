@@ -1,6 +1,6 @@
-"""Mask R-CNN, R-50-FPN, SE block (ratio 1/16) in c3-c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) after the 3x3 convolution in c3-c5, SyncBN, 1x.
 
-Ablation of pooling and fusion, beyond table 4f of arXiv 1904.11492: the SE block itself, without layer norm.
+Ablation of the position, beyond table 4b of arXiv 1904.11492.
 """
 _base_ = [
     '../../_base_/models/mask_rcnn_r50_fpn.py',
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        gcb=dict(type='SE', ratio=1 / 16),
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        gcb=dict(ratio=1 / 16, position='after_conv2'),
         stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

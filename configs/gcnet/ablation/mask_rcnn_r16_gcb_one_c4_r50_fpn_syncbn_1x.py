@@ -1,6 +1,6 @@
-"""Mask R-CNN, R-50-FPN, one non-local block (ratio 1/2) in c4, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, one GC block (ratio 1/16) in c4, SyncBN, 1x.
 
-Ablation of the block design (arXiv 1904.11492, table 4a): +1 NL, right before the last residual block of c4.
+Ablation of the block design (arXiv 1904.11492, table 4a): +1 GC, right before the last residual block of c4.
 """
 _base_ = [
     '../../_base_/models/mask_rcnn_r50_fpn.py',
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        gcb=dict(type='NL', ratio=1 / 2, position='after_add'),
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        gcb=dict(ratio=1 / 16, position='after_add'),
         stage_with_gcb=(False, False, (-2,), False)))  # c2, c3, c4 (after the last block but one), c5

@@ -1,6 +1,6 @@
-"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c4, SyncBN, 1x.
 
-Ablation of the stages (arXiv 1904.11492, table 4c): c5.
+Ablation of the stages (arXiv 1904.11492, table 4c): c4.
 """
 _base_ = [
     '../../_base_/models/mask_rcnn_r50_fpn.py',
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
         gcb=dict(ratio=1 / 16),
-        stage_with_gcb=(False, False, False, True)))  # c2, c3, c4, c5
+        stage_with_gcb=(False, False, True, False)))  # c2, c3, c4, c5

@@ -1,6 +1,6 @@
-"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) with average pooling and addition in c3-c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, SE block (ratio 1/16) in c3-c5, SyncBN, 1x.
 
-Ablation of pooling and fusion (arXiv 1904.11492, table 4f): avg+add.
+Ablation of pooling and fusion, beyond table 4f of arXiv 1904.11492: the SE block itself, without layer norm.
 """
 _base_ = [
     '../../_base_/models/mask_rcnn_r50_fpn.py',
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        gcb=dict(ratio=1 / 16, pooling_type='avg'),
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        gcb=dict(type='SE', ratio=1 / 16),
         stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

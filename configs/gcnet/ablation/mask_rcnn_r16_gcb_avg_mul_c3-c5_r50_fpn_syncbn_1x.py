@@ -1,4 +1,4 @@
-"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) with average pooling and scaling in c3-c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) with average pooling and scaling in c3-c5, SyncBN, 1x.
 
 Ablation of pooling and fusion (arXiv 1904.11492, table 4f): avg+scale.
 """
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
         gcb=dict(ratio=1 / 16, pooling_type='avg', fusion_types=('channel_mul',)),
         stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

@@ -1,6 +1,6 @@
-"""Mask R-CNN, R-50-FPN, simplified non-local block in c3-c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) with average pooling and addition in c3-c5, SyncBN, 1x.
 
-Ablation of the bottleneck (arXiv 1904.11492, table 4d): without, one 1x1 convolution as the transform.
+Ablation of pooling and fusion (arXiv 1904.11492, table 4f): avg+add.
 """
 _base_ = [
     '../../_base_/models/mask_rcnn_r50_fpn.py',
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        gcb=dict(type='SNL'),
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
+        gcb=dict(ratio=1 / 16, pooling_type='avg'),
         stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

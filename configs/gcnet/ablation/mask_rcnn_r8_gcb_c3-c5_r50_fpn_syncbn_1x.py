@@ -1,4 +1,4 @@
-"""Mask R-CNN, R-50-FPN, GC block (ratio 1/8) in c3-c5, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/8) in c3-c5, SyncBN, 1x.
 
 Ablation of the ratio (arXiv 1904.11492, table 4e): 8.
 """
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
         gcb=dict(ratio=1 / 8),
         stage_with_gcb=(False, True, True, True)))  # c2, c3, c4, c5

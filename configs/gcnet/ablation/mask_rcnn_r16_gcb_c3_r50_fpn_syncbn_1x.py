@@ -1,4 +1,4 @@
-"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c3, fixed BN, 1x.
+"""Mask R-CNN, R-50-FPN, GC block (ratio 1/16) in c3, SyncBN, 1x.
 
 Ablation of the stages (arXiv 1904.11492, table 4c): c3.
 """
@@ -10,5 +10,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
+        norm_cfg=dict(type='SyncBN'),
+        norm_eval=False,
         gcb=dict(ratio=1 / 16),
         stage_with_gcb=(False, True, False, False)))  # c2, c3, c4, c5
