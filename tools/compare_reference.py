@@ -304,6 +304,9 @@ def main() -> int:
     if out.failed:
         print(f'{len(out.failed)} of {len(out.rows)} comparisons differ: {", ".join(out.failed)}')
         return 1
+    if not out.rows:
+        print('nothing was compared')
+        return 1
     print(f'all {len(out.rows)} comparisons agree')
     return 0
 

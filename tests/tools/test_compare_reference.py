@@ -224,3 +224,20 @@ def test_statistics_of_unknown_names_differ() -> None:
     found = tool.Comparison()
     tool.compare_statistics(torch.nn.BatchNorm2d(3), dict(bn_after={'bn1.running_mean': [0.0] * 3}), found)
     assert found.failed == ['names of running statistics']
+
+
+def test_the_command_says_what_was_not_compared(
+        run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    def compare(*args: object) -> object:
+        found = tool.Comparison()
+        found.add('neck[0]', 0.0, 1e-5)
+        found.has({}, 'detections')
+        return found
+    monkeypatch.setattr(tool, 'compare', compare)
+    assert run(PLAIN, tmp_path / 'a.json') == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        'not recorded, so not compared: detections', 'all 1 comparisons agree']
+    monkeypatch.setattr(tool, 'compare', lambda *args: tool.Comparison())
+    assert run(PLAIN, tmp_path / 'a.json') == 1
+    assert 'nothing' in capsys.readouterr().out
