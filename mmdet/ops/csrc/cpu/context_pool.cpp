@@ -143,13 +143,12 @@ std::tuple<at::Tensor, at::Tensor> context_pool(const at::Tensor& x, const at::T
       }
       for (int64_t i = begin; i < end; ++i) {
         factor[i] /= total;
+        const Tile tile(map, i);
+        scalar_t* a = pa + n * map.area + tile.first;
+        const auto share = static_cast<scalar_t>(factor[i]);
+        std::transform(a, a + tile.width, a, [&](scalar_t value) { return value * share; });
       }
     }
-    for_tiles(map, [&](const Tile& tile) {
-      scalar_t* a = pa + tile.image * map.area + tile.first;
-      const auto share = static_cast<scalar_t>(factor[tile.index]);
-      std::transform(a, a + tile.width, a, [&](scalar_t value) { return value * share; });
-    });
     sum_parts(
         parts.data(), map.images, map.tiles, map.channels,
         [&](int64_t n, int64_t part) { return factor[n * map.tiles + part]; }, context.mutable_data_ptr<scalar_t>());
