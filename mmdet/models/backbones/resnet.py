@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
-from mmdet.models.layers.conv_module import conv_norm
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
 from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics
 from mmdet.registry import MODELS
@@ -41,11 +40,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        identity = self.downsample(x) if self.downsample is not None else x
+        out = self.relu(self.bn1(self.conv1(x)))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = conv_norm(self.conv2, self.bn2, out)
+        out = self.bn2(self.conv2(out))
         if self.context_at == 'after_conv2':
             return self.context_block(out, identity, relu=True)
         out += identity
@@ -101,14 +100,14 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        identity = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
-        out = self.relu(conv_norm(self.conv1, self.bn1, x))
+        identity = self.downsample(x) if self.downsample is not None else x
+        out = self.relu(self.bn1(self.conv1(x)))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = self.relu(conv_norm(self.conv2, self.bn2, out))
+        out = self.relu(self.bn2(self.conv2(out)))
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
-        out = conv_norm(self.conv3, self.bn3, out)
+        out = self.bn3(self.conv3(out))
         if self.context_at == 'after_conv3':
             return self.context_block(out, identity, relu=True)
         out += identity
@@ -254,7 +253,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to c2 .. c5, (N, C_i, H / stride_i, W / stride_i), strides 4 .. 32."""
-        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         outputs = []
         for stage in self._stages():
             for block in stage:
