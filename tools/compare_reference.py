@@ -20,6 +20,7 @@ from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
 from reference_file import Arrays, apply_edits, build_model, load_arrays, load_batch, read_json
 from torch import Tensor, nn
 
+from mmdet.models.layers.deform_conv import DeformConv2d
 from mmdet.structures.boxes import Proposals, box_iou
 from mmdet.utils.config import CfgOptions, load_config
 
@@ -27,6 +28,8 @@ from mmdet.utils.config import CfgOptions, load_config
 BOUNDS = {torch.float32: (1e-5, 1e-5, 1e-3, 1e-4), torch.float64: (1e-9, 1e-9, 1e-9, 1e-9)}
 # Batch statistics amplify rounding: mmdetection's own float32 gradients are up to 5e-3 off its float64 ones.
 BATCH_STATISTICS_GRAD_BOUND = {torch.float32: 5e-3, torch.float64: 1e-9}
+# Of a cascade on X101 with deformable convolutions they are 6.4e-3 off, ours 8.2e-3: two float32 runs differ by both.
+DEFORMABLE_GRAD_BOUND = {torch.float32: 2e-2, torch.float64: 1e-9}
 BOX_BOUND = {torch.float32: 1e-2, torch.float64: 1e-6}
 EXCHANGED_BOUND = {torch.float32: 1e-2, torch.float64: 0}
 
@@ -183,7 +186,10 @@ def compare_gradients(model: nn.Module, reference: dict[str, Any], out: Comparis
     """Which parameters are frozen, and the norms of the others' gradients."""
     parameters = dict(model.named_parameters())
     dtype = next(iter(parameters.values())).dtype
-    bound = BATCH_STATISTICS_GRAD_BOUND[dtype] if has_batch_statistics(model) else BOUNDS[dtype][2]
+    bound = BOUNDS[dtype][2]
+    if has_batch_statistics(model):
+        deformable = any(isinstance(module, DeformConv2d) for module in model.modules())
+        bound = (DEFORMABLE_GRAD_BOUND if deformable else BATCH_STATISTICS_GRAD_BOUND)[dtype]
     frozen = {name for name, p in parameters.items() if p.grad is None}
     if out.has(reference, 'no_grad'):
         out.add('names of frozen parameters', len(frozen ^ set(reference['no_grad'])), 0)
