@@ -28,7 +28,8 @@ from mmdet.utils.config import CfgOptions, load_config
 BOUNDS = {torch.float32: (1e-5, 1e-5, 1e-3, 1e-4), torch.float64: (1e-9, 1e-9, 1e-9, 1e-9)}
 # Batch statistics amplify rounding: mmdetection's own float32 gradients are up to 5e-3 off its float64 ones.
 BATCH_STATISTICS_GRAD_BOUND = {torch.float32: 5e-3, torch.float64: 1e-9}
-# Of a cascade on X101 with deformable convolutions they are 6.4e-3 off, ours 8.2e-3: two float32 runs differ by both.
+# Of a cascade on X101 with deformable convolutions they are 6.4e-3 off, and ours 8.2e-3: two float32 runs
+# may differ by the sum.
 DEFORMABLE_GRAD_BOUND = {torch.float32: 2e-2, torch.float64: 1e-9}
 BOX_BOUND = {torch.float32: 1e-2, torch.float64: 1e-6}
 EXCHANGED_BOUND = {torch.float32: 1e-2, torch.float64: 0}
