@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -97,13 +98,16 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
     try:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # A process that was killed takes others down with it, which may be noticed in any order.
+        killed = [item for item in error.failures.items()
+                  if item[1].exitcode < 0 and item[1].exitcode != -signal.SIGTERM]
+        rank, failure = killed[0] if killed else error.get_first_failure()
         if failure.exitcode < 0:
             print(f'error: process {rank} was ended by signal {-failure.exitcode}'
                   + (' (out of memory?)' if failure.exitcode == -9 else ''), file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
-    except SignalException as signal:
-        raise KeyboardInterrupt from signal
+    except SignalException as stopped:
+        raise KeyboardInterrupt from stopped
 
 
 def _slurm_environment() -> None:
