@@ -149,9 +149,10 @@ def test_mask_paste(units: dict[str, Any]) -> None:
     case = units['mask_paste']
     boxes = torch.tensor(case['det_bboxes_test_scale'])[:, :4]
     original = boxes / case['scale_factor'] + torch.tensor(LAST_PIXEL)
-    head, logits = mask_head(), torch.tensor(case['logits'])
+    head, labels = mask_head(), torch.tensor(case['labels'])
     # Channel 0 was background's.
-    probabilities = head.predict(logits[:, 1:], torch.tensor(case['labels']))
+    logits = torch.tensor(case['logits'])[torch.arange(len(labels)), labels + 1]
+    probabilities = head.predict(logits[:, None])
     found = head.paste(probabilities, original, tuple(case['ori_shape']), 0.5)
     rles = [rle for masks in case['rle'] for rle in masks]
     for rle, expected in zip(found, rles, strict=True):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig
-from mmdet.ops import batched_nms
+from mmdet.ops import batched_nms, multilevel_roi_align
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.boxes import Proposals
 from mmdet.structures.data_sample import DataSample
@@ -62,36 +62,59 @@ class RPNHead(nn.Module):
         self, features: list[Tensor], samples: list[DataSample], proposal_cfg: ProposalConfig
     ) -> tuple[list[Proposals], dict[str, Tensor]]:
         """Proposals to train the RoI head on, without gradient, and ``loss_rpn_cls``, ``loss_rpn_bbox``."""
-        cls_maps, reg_maps = self(features)
-        logits, deltas = _flatten(cls_maps, 1), _flatten(reg_maps, 4)
-        all_logits, all_deltas = torch.cat(logits, 1)[..., 0], torch.cat(deltas, 1)
-        # Targets are float32 in a model of any dtype: which boxes tie must not depend on it.
-        all_anchors = torch.cat(self.anchor_generator.grid_anchors(cls_maps, torch.float32))
-
-        pred_logits, targets, pred_deltas, target_deltas = [], [], [], []
-        num_samples = 0
-        for i, sample in enumerate(samples):
-            valid = self.anchor_generator.valid_flags(cls_maps, sample.pad_shape)
-            positive, negative, matched = self._sample_anchors(all_anchors, valid, sample)
-            chosen = torch.cat([positive, negative])
-            pred_logits.append(all_logits[i, chosen])
-            targets.append(torch.arange(len(chosen), device=chosen.device) < len(positive))
-            pred_deltas.append(all_deltas[i, positive])
-            target_deltas.append(self.bbox_coder.encode(all_anchors[positive], sample.boxes[matched]))
-            num_samples += max(len(positive), 1) + max(len(negative), 1)
-        losses = dict(
-            loss_rpn_cls=self.loss_cls(torch.cat(pred_logits), torch.cat(targets), num_samples),
-            loss_rpn_bbox=self.loss_bbox(torch.cat(pred_deltas), torch.cat(target_deltas), num_samples))
         with torch.no_grad():
-            proposals = self._propose(cls_maps, logits, deltas, samples, proposal_cfg)
-        return proposals, losses
+            proposals = self.predict(features, samples, proposal_cfg)
+        # Targets are float32 in a model of any dtype: which boxes tie must not depend on it.
+        anchors = torch.cat(self.anchor_generator.grid_anchors(features, torch.float32))
+        positives, negatives, targets = [], [], []
+        for i, sample in enumerate(samples):
+            valid = self.anchor_generator.valid_flags(features, sample.pad_shape)
+            positive, negative, matched = self._sample_anchors(anchors, valid, sample)
+            positives.append(torch.stack([torch.full_like(positive, i), positive]))
+            negatives.append(torch.stack([torch.full_like(negative, i), negative]))
+            targets.append(self.bbox_coder.encode(anchors[positive], sample.boxes[matched]))
+        image, anchor = torch.cat(positives + negatives, dim=1)
+        logits, deltas = self._forward_at(features, image, anchor)
+        num_positives = sum(p.shape[1] for p in positives)
+        num_samples = sum(max(p.shape[1], 1) for p in positives + negatives)
+        is_positive = torch.arange(len(logits), device=logits.device) < num_positives
+        return proposals, dict(
+            loss_rpn_cls=self.loss_cls(logits, is_positive, num_samples),
+            loss_rpn_bbox=self.loss_bbox(deltas[:num_positives], torch.cat(targets), num_samples))
+
+    def _forward_at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` gives for S anchors (S,) of images (S,): logits (S,) and deltas (S, 4).
+
+        A loss concerns a few hundred of some 100,000 anchors, but the gradient of a convolution of whole maps
+        would cost as much as that of all.
+        """
+        corners, levels = [], []
+        for i, level in enumerate(features):
+            height, width = level.shape[2:]
+            x, y = (torch.arange(n, device=level.device, dtype=torch.float32) for n in (width, height))
+            grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=2)
+            corners.append(grid.flatten(0, 1))
+            levels.append(torch.full((height * width,), i, device=level.device))
+        num_anchors = self.anchor_generator.num_anchors
+        cell, kind = anchor // num_anchors, anchor % num_anchors
+        # RoIAlign of three by three cells with one sample in the middle of each gives them as they are.
+        corner = torch.cat(corners)[cell]
+        patches = multilevel_roi_align(
+            [F.pad(level, (1, 1, 1, 1)) for level in features],
+            torch.cat([image[:, None], corner, corner + 3], dim=1), torch.cat(levels)[cell],
+            output_size=3, spatial_scales=[1.0] * len(features), sampling_ratio=1)
+        hidden = F.relu(_linear(patches, self.rpn_conv), inplace=True)
+        logits, deltas = _linear(hidden, self.rpn_cls), _linear(hidden, self.rpn_reg).unflatten(1, (-1, 4))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        row = torch.arange(len(kind), device=kind.device)
+        return logits[row, kind].to(dtype), deltas[row, kind].to(dtype)
 
     def predict(
         self, features: list[Tensor], samples: list[DataSample], proposal_cfg: ProposalConfig
     ) -> list[Proposals]:
         """Proposals of each image."""
         cls_maps, reg_maps = self(features)
-        return self._propose(cls_maps, _flatten(cls_maps, 1), _flatten(reg_maps, 4), samples, proposal_cfg)
+        return self._propose(features, _flatten(cls_maps, 1), _flatten(reg_maps, 4), samples, proposal_cfg)
 
     def _sample_anchors(
         self, anchors: Tensor, valid: Tensor, sample: DataSample
@@ -111,13 +134,13 @@ class RPNHead(nn.Module):
 
     def _propose(
         self,
-        cls_maps: list[Tensor],
+        features: list[Tensor],
         logits: list[Tensor],
         deltas: list[Tensor],
         samples: list[DataSample],
         cfg: ProposalConfig,
     ) -> list[Proposals]:
-        anchors = self.anchor_generator.grid_anchors(cls_maps, logits[0].dtype)
+        anchors = self.anchor_generator.grid_anchors(features, logits[0].dtype)
         proposals = []
         for i, sample in enumerate(samples):
             boxes, scores, levels = [], [], []
@@ -135,6 +158,11 @@ class RPNHead(nn.Module):
             keep = keep[:cfg['max_per_img']]
             proposals.append(Proposals(all_boxes[keep], all_scores[keep].sigmoid()))
         return proposals
+
+
+def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution (S, O) of patches (S, C, k, k) of its kernel's size."""
+    return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)
 
 
 def _flatten(maps: list[Tensor], channels: int) -> list[Tensor]:

@@ -1,8 +1,10 @@
 """The global context block (GCNet, arXiv 1904.11492, section 3.3)."""
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
@@ -100,12 +102,11 @@ class ContextBlock(nn.Module):
             context, x = context_pool(x, self.conv_mask.weight.flatten(), _bias(self.conv_mask))
         else:
             context, x = context_pool(x)
-        context = context[:, :, None, None]
         scale = shift = None
         if self.channel_mul_conv is not None:
-            scale = self.channel_mul_conv(context).sigmoid().flatten(1)
+            scale = _apply(self.channel_mul_conv, context).sigmoid()
         if self.channel_add_conv is not None:
-            shift = self.channel_add_conv(context).flatten(1)
+            shift = _apply(self.channel_add_conv, context)
         return context_fuse(x, scale, shift, identity, relu)
 
 
@@ -115,6 +116,14 @@ def _transform(channels: int, planes: int) -> nn.Sequential:
     nn.init.zeros_(_bias(last))
     return nn.Sequential(
         nn.Conv2d(channels, planes, kernel_size=1), nn.LayerNorm([planes, 1, 1]), nn.ReLU(inplace=True), last)
+
+
+def _apply(transform: Any, context: Tensor) -> Tensor:
+    """The transform of `(N, C)`. Matrix products spare what 1x1 convolutions spend on the weights' layout."""
+    first, norm, relu, last = transform
+    hidden = torch.addmm(first.bias[:, None], first.weight.flatten(1), context.t())
+    hidden = F.layer_norm(hidden.t(), hidden.shape[:1], norm.weight.flatten(), norm.bias.flatten(), norm.eps)
+    return torch.addmm(last.bias[:, None], last.weight.flatten(1), relu(hidden).t()).t()
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

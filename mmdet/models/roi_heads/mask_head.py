@@ -46,15 +46,29 @@ class FCNMaskHead(nn.Module):
             nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """RoI features (K, in_channels, S, S) to logits (K, num_classes, 2 * S, 2 * S)."""
-        for conv in self.convs:
-            x = conv(x)
-        return self.conv_logits(F.relu(self.upsample(x), inplace=True))
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """RoI features (K, in_channels, S, S) to logits (K, num_classes, 2 * S, 2 * S).
 
-    def loss(self, logits: Tensor, targets: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """``loss_mask`` of logits (P, num_classes, M, M), targets (P, M, M) 0 / 1 and labels (P,)."""
-        return dict(loss_mask=self.loss_mask(_of_class(logits, labels), targets))
+        With labels (K,) only the logits of a RoI's own class are computed: (K, 1, 2 * S, 2 * S).
+        """
+        for layer in self.convs:
+            x = layer(x)
+        deconv, conv = self.upsample, self.conv_logits
+        assert deconv.bias is not None and conv.bias is not None
+        # The deconvolution's kernels don't overlap: each of 4 positions is a 1x1 convolution. What follows
+        # treats positions alike, so that only the logits have to be brought into order.
+        weight = deconv.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]
+        x = F.relu(F.conv2d(x, weight, deconv.bias.repeat(4)), inplace=True)
+        hidden = x.unflatten(1, (4, -1)).flatten(3)
+        weight, bias = conv.weight.flatten(1), conv.bias[:, None]
+        if labels is not None:
+            weight, bias = weight[labels, None, None], bias[labels, None, None]
+        logits = (weight @ hidden + bias).unflatten(3, x.shape[2:]).unflatten(1, (2, 2))
+        return logits.permute(0, 3, 4, 1, 5, 2).flatten(2, 3).flatten(3, 4)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """``loss_mask`` of the logits (P, 1, M, M) of each RoI's class and targets (P, M, M) 0 / 1."""
+        return dict(loss_mask=self.loss_mask(logits[:, 0], targets))
 
     def targets(self, boxes: Tensor, matched: Tensor, sample: DataSample, size: int) -> Tensor:
         """The masks of the objects ``matched`` (P,) inside boxes (P, 4): (P, size, size) bool."""
@@ -65,15 +79,10 @@ class FCNMaskHead(nn.Module):
         rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
         return (roi_align(masks, rois, size, 1.0) >= 0.5)[:, 0]
 
-    def predict(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities (n, M, M) of the class in labels (n,)."""
-        logits = _of_class(logits, labels)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    def predict(self, logits: Tensor) -> Tensor:
+        """Probabilities (n, M, M) from the logits (n, 1, M, M) of each RoI's class."""
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
     def paste(self, masks: Tensor, boxes: Tensor, shape: tuple[int, int], threshold: float) -> list[RLE]:
         """Probabilities (n, M, M) inside boxes (n, 4) to masks of an image of ``shape``, as COCO RLE."""
         return paste_masks(masks, boxes, shape, threshold)
-
-
-def _of_class(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits[torch.arange(len(labels), device=labels.device), labels]

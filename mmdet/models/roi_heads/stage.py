@@ -71,7 +71,7 @@ def mask_loss(
     labels = torch.cat([s.labels[:len(s.matched)] for s in sampled])
     targets = torch.cat([
         mask_head.targets(b, s.matched, sample, mask_size) for b, s, sample in zip(boxes, sampled, samples)])
-    return mask_head.loss(mask_head(extractor(features, boxes_to_rois(boxes))), targets, labels)
+    return mask_head.loss(mask_head(extractor(features, boxes_to_rois(boxes)), labels), targets)
 
 
 def results_of(
@@ -87,7 +87,7 @@ def results_of(
     if mask_heads:
         roi_features = extractor(features, boxes_to_rois([d.rois for d in detections]))
         labels = torch.cat([d.labels for d in detections])
-        probabilities = torch.stack([h.predict(h(roi_features), labels) for h in mask_heads]).mean(dim=0)
+        probabilities = torch.stack([h.predict(h(roi_features, labels)) for h in mask_heads]).mean(dim=0)
         per_image = probabilities.split([len(d.boxes) for d in detections])
         for result, masks, sample in zip(results, per_image, samples):
             result['masks'] = mask_heads[0].paste(masks, result['boxes'], sample.ori_shape, mask_threshold)

@@ -49,7 +49,8 @@ def flat_outputs(head: RPNHead, features: list[Tensor]) -> tuple[list[Tensor], l
 
 @pytest.mark.parametrize('border', [-1, 0])
 def test_losses_written_out(make_sample: Callable, border: int) -> None:
-    head, features = make_head(allowed_border=border), make_features()
+    head = make_head(allowed_border=border).double()
+    features = [level.double().requires_grad_() for level in make_features()]
     samples = [make_sample([[10, 10, 40, 30], [50, 20, 80, 60]]),
                make_sample([[5, 5, 30, 40]], shape=(50, 61))]
     samples[1].pad_shape = (52, 64)
@@ -60,7 +61,7 @@ def test_losses_written_out(make_sample: Callable, border: int) -> None:
     cells = [[(i, j) for i in range(h) for j in range(w)] for h, w in [(16, 24), (8, 12)]]
     valid = [torch.tensor([i < h and j < w for level, (h, w) in zip(cells, limits) for i, j in level])
              .repeat_interleave(3) for limits in ([(16, 24), (8, 12)], [(13, 16), (7, 8)])]
-    cls_loss = reg_loss = torch.tensor(0.0)
+    cls_loss = reg_loss = torch.tensor(0.0).double()
     total = 0
     for i, sample in enumerate(samples):
         used = valid[i]
@@ -80,6 +81,11 @@ def test_losses_written_out(make_sample: Callable, border: int) -> None:
     _, losses = head.loss(features, samples, PROPOSALS)
     torch.testing.assert_close(losses['loss_rpn_cls'], cls_loss / total)
     torch.testing.assert_close(losses['loss_rpn_bbox'], reg_loss / total)
+    # The gradients are those of convolutions of whole maps, also of cells at the border.
+    inputs = [*features, *head.parameters()]
+    found = torch.autograd.grad(sum(losses.values()), inputs)
+    for ours, theirs in zip(found, torch.autograd.grad((cls_loss + reg_loss) / total, inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_an_object_at_the_border_keeps_its_best_anchor_inside(make_sample: Callable) -> None:

@@ -22,21 +22,37 @@ def test_forward_written_out() -> None:
     expected = F.conv2d(hidden, head.conv_logits.weight, head.conv_logits.bias)
     assert expected.shape == (3, 5, 28, 28)
     torch.testing.assert_close(head(x), expected)
+    labels = torch.tensor([4, 0, 4])
+    torch.testing.assert_close(head(x, labels), expected[torch.arange(3), labels][:, None])
 
 
-def test_only_the_objects_own_class_costs() -> None:
-    logits, labels = torch.randn(3, 5, 28, 28), torch.tensor([4, 0, 4])
+def test_gradients_written_out() -> None:
+    head, x, labels = make_head().double(), torch.randn(3, 4, 14, 14).double(), torch.tensor([4, 0, 4])
+    torch.nn.init.normal_(head.upsample.bias)
     targets = torch.rand(3, 28, 28) < 0.3
-    own = torch.stack([logits[0, 4], logits[1, 0], logits[2, 4]])
-    expected = F.binary_cross_entropy_with_logits(own, targets.float())
-    torch.testing.assert_close(make_head().loss(logits, targets, labels)['loss_mask'], expected)
-    torch.testing.assert_close(make_head().predict(logits, labels), own.sigmoid())
+    parameters = list(head.parameters())
+    found = torch.autograd.grad(head.loss(head(x, labels), targets)['loss_mask'], parameters)
+    hidden = x
+    for module in head.convs:
+        hidden = F.conv2d(hidden, module.conv.weight, module.conv.bias, padding=1).relu()
+    hidden = F.conv_transpose2d(hidden, head.upsample.weight, head.upsample.bias, stride=2).relu()
+    logits = F.conv2d(hidden, head.conv_logits.weight, head.conv_logits.bias)[torch.arange(3), labels]
+    loss = F.binary_cross_entropy_with_logits(logits, targets.double())
+    for ours, expected in zip(found, torch.autograd.grad(loss, parameters)):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_loss_and_probabilities() -> None:
+    logits, targets = torch.randn(3, 1, 28, 28), torch.rand(3, 28, 28) < 0.3
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0], targets.float())
+    torch.testing.assert_close(make_head().loss(logits, targets)['loss_mask'], expected)
+    torch.testing.assert_close(make_head().predict(logits), logits[:, 0].sigmoid())
 
 
 def test_no_objects() -> None:
     head = make_head(norm_cfg=dict(type='GN', num_groups=3))
-    logits = head(torch.zeros(0, 4, 14, 14))
-    loss = head.loss(logits, torch.zeros(0, 28, 28), torch.zeros(0, dtype=torch.int64))
+    logits = head(torch.zeros(0, 4, 14, 14), torch.zeros(0, dtype=torch.int64))
+    loss = head.loss(logits, torch.zeros(0, 28, 28))
     assert loss['loss_mask'] == 0
     loss['loss_mask'].backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in head.parameters())

@@ -15,7 +15,7 @@ namespace mmdet {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-constexpr int64_t kTileBytes = 512 << 10;           // half of a second-level cache
+constexpr int64_t kTileBytes = 768 << 10;           // most of a second-level cache
 constexpr int64_t kMinWidth = 16, kMaxWidth = 512;  // positions of a tile
 constexpr int64_t kBlock = 256;                     // channels whose partial sums are added side by side
 

@@ -17,7 +17,7 @@
 namespace mmdet {
 namespace {
 
-constexpr int64_t kAhead = 8;  // rows
+constexpr int64_t kAhead = 32;  // rows
 constexpr int64_t kLine = 64;  // bytes
 
 // output[i] = row i . v
@@ -64,7 +64,7 @@ void add_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const 
       // Rows that lie apart are short, and the hardware does not foresee where the next ones begin.
       if (stride > size && first + k + kAhead < count) {
         for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
-          __builtin_prefetch(row + (k + kAhead) * stride + i);
+          __builtin_prefetch(row + (k + kAhead) * stride + i, 0, 2);  // into the second level: the tile stays there
         }
       }
     }

@@ -1,7 +1,7 @@
 // RoIAlign on the CPU. Average pooling of bilinear samples on a grid is separable, so a RoI is two short lists of
-// weights, one for rows and one for columns, built once and used for all channels. Rows are blended first. In
-// channels_last features a cell is a vector of channels, and all loops run over channels; in features stored plane by
-// plane they run over columns, one channel at a time.
+// weights, one for rows and one for columns, built once and used for all channels. Rows are blended first. A cell is a
+// vector of channels, and all loops run over channels: features that are stored plane by plane are brought into that
+// layout before, and their gradient out of it after.
 #include "../roi_align.h"
 
 #include "simd.h"
@@ -72,13 +72,13 @@ struct Roi {
 };
 
 template <typename T>
-void compact_columns(Roi<T>& roi, bool channels_last) {
+void compact_columns(Roi<T>& roi, bool one_channel) {
   auto& columns = roi.columns;
   columns = roi.x.cell;
   std::sort(columns.begin(), columns.end());
   columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
   const size_t range = columns.empty() ? 0 : columns.back() - columns.front() + 1;
-  roi.dense = !columns.empty() && range <= (channels_last ? 1 : 3) * columns.size();
+  roi.dense = !columns.empty() && range <= (one_channel ? 3 : 1) * columns.size();
   if (roi.dense) {
     columns.resize(range);
     std::iota(columns.begin(), columns.end(), columns.front());
@@ -92,7 +92,7 @@ template <typename T>
 std::vector<Roi<T>> make_rois(
     const at::Tensor& rois, const std::optional<at::Tensor>& levels, at::ArrayRef<double> spatial_scales,
     const std::vector<Level>& pyramid, int64_t images, int height, int width, int sampling_ratio, bool aligned,
-    bool channels_last) {
+    bool one_channel) {
   const auto coordinates = rois.to(c10::CppTypeToScalarType<T>::value).contiguous();
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const T* boxes = coordinates.template const_data_ptr<T>();
@@ -118,7 +118,7 @@ std::vector<Roi<T>> make_rois(
       const T scale = static_cast<T>(spatial_scales[roi.level]);
       roi.x = make_axis(roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned), width, level.width);
       roi.y = make_axis(roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned), height, level.height);
-      compact_columns(roi, channels_last);
+      compact_columns(roi, one_channel);
     }
   });
   return result;
@@ -194,47 +194,103 @@ int64_t widest(const std::vector<Level>& pyramid) {
   return width;
 }
 
+constexpr int64_t kTile = 16, kStrip = 256;  // channels and cells of a tile, cells of a task
+
+template <typename T>
+inline __attribute__((always_inline)) void transpose_tile(
+    const T* source, int64_t source_row, int64_t rows, int64_t columns, T* target, int64_t target_row) {
+  T tile[kTile][kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      tile[c][r] = source[r * source_row + c];
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) {
+      target[c * target_row + r] = tile[c][r];
+    }
+  }
+}
+
+// Planes (N, C, H * W) to cells (N, H * W, C), or the other way round.
+template <bool to_cells, typename T>
+void transpose(const T* source, int64_t images, int64_t channels, int64_t area, T* target) {
+  const int64_t strips = (area + kStrip - 1) / kStrip;
+  at::parallel_for(0, images * strips, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % strips * kStrip, image = i / strips * channels * area;
+      for (int64_t c = 0; c < channels; c += kTile) {
+        for (int64_t p = first; p < std::min(first + kStrip, area); p += kTile) {
+          const int64_t height = std::min(kTile, channels - c), width = std::min(kTile, area - p);
+          const int64_t plane = image + c * area + p, cell = image + p * channels + c;
+          const T* from = source + (to_cells ? plane : cell);
+          T* to = target + (to_cells ? cell : plane);
+          const int64_t from_row = to_cells ? area : channels, to_row = to_cells ? channels : area;
+          if (height == kTile && width == kTile) {  // constants make it several times as fast
+            transpose_tile(from, from_row, kTile, kTile, to, to_row);
+          } else {
+            transpose_tile(from, from_row, to_cells ? height : width, to_cells ? width : height, to, to_row);
+          }
+        }
+      }
+    }
+  });
+}
+
+at::Tensor in_cells(const at::Tensor& feature) {
+  if (feature.size(1) == 1) {
+    return feature.contiguous();
+  }
+  if (feature.is_contiguous(at::MemoryFormat::ChannelsLast)) {
+    return feature;
+  }
+  const auto planes = feature.contiguous();
+  auto cells = at::empty(feature.sizes(), feature.options().memory_format(at::MemoryFormat::ChannelsLast));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, feature.scalar_type(), "roi_align", [&] {
+    transpose<true>(
+        planes.const_data_ptr<scalar_t>(), feature.size(0), feature.size(1), feature.size(2) * feature.size(3),
+        cells.mutable_data_ptr<scalar_t>());
+  });
+  return cells;
+}
+
 at::Tensor roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
   check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio);
-  const bool channels_last = is_channels_last(features[0]);
   const int64_t num_rois = rois.size(0), channels = features[0].size(1), bins = height * width;
   std::vector<at::Tensor> inputs;
   std::vector<Level> pyramid;
   for (const auto& feature : features) {
-    inputs.push_back(feature.contiguous(memory_format(channels_last)));
-    pyramid.push_back(make_level(channels, feature.size(2), feature.size(3), channels_last));
+    inputs.push_back(in_cells(feature));
+    pyramid.push_back(make_level(channels, feature.size(2), feature.size(3), true));
   }
   auto output = at::empty({num_rois, channels, height, width}, features[0].options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "roi_align", [&] {
     using T = at::opmath_type<scalar_t>;
     const auto prepared = make_rois<T>(
         rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, sampling_ratio, aligned,
-        channels_last);
+        channels == 1);
     scalar_t* pooled = output.mutable_data_ptr<scalar_t>();
-    // All channels of a RoI together, or channel by channel, so that a plane stays in cache while all RoIs read it.
-    const int64_t count = channels_last ? channels : 1, tasks = channels / std::max<int64_t>(1, count) * num_rois;
-    at::parallel_for(0, tasks, channels_last ? 1 : 64, [&](int64_t begin, int64_t end) {
-      std::vector<T> blend(widest(pyramid) * count), result(bins * count);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t c = task / num_rois, k = task % num_rois;
+    at::parallel_for(0, num_rois, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> blend(widest(pyramid) * channels), result(bins * channels);
+      for (int64_t k = begin; k < end; ++k) {
         const auto& roi = prepared[k];
-        scalar_t* target = pooled + (k * channels + c) * bins;
+        scalar_t* target = pooled + k * channels * bins;
         if (roi.level < 0) {
-          std::fill_n(target, count * bins, scalar_t(0));
+          std::fill_n(target, channels * bins, scalar_t(0));
           continue;
         }
         const auto& level = pyramid[roi.level];
-        const scalar_t* cells = inputs[roi.level].const_data_ptr<scalar_t>() + roi.image * level.image + c * level.channel;
-        if (channels_last) {
-          pool<false>(roi, cells, level, count, height, width, blend.data(), result.data());
-        } else {
+        const scalar_t* cells = inputs[roi.level].const_data_ptr<scalar_t>() + roi.image * level.image;
+        if (channels == 1) {
           pool<true>(roi, cells, level, 1, height, width, blend.data(), result.data());
+        } else {
+          pool<false>(roi, cells, level, channels, height, width, blend.data(), result.data());
         }
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
           for (int64_t b = 0; b < bins; ++b) {
-            target[i * bins + b] = static_cast<scalar_t>(result[b * count + i]);
+            target[c * bins + b] = static_cast<scalar_t>(result[b * channels + c]);
           }
         }
       }
@@ -249,52 +305,53 @@ std::vector<at::Tensor> roi_align_backward(
     bool aligned) {
   const int64_t images = sizes[0], channels = sizes[1], height = grad.size(2), width = grad.size(3);
   const int64_t bins = height * width;
-  const auto type = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto options = grad.options().dtype(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   std::vector<at::Tensor> outputs;
   std::vector<Level> pyramid;
   for (size_t i = 2; i < sizes.size(); i += 2) {
-    pyramid.push_back(make_level(channels, sizes[i], sizes[i + 1], channels_last));
-    const auto options = grad.options().dtype(type);
-    outputs.push_back(
-        channels_last ? at::zeros({images, sizes[i], sizes[i + 1], channels}, options).permute({0, 3, 1, 2})
-                      : at::zeros({images, channels, sizes[i], sizes[i + 1]}, options));
+    pyramid.push_back(make_level(channels, sizes[i], sizes[i + 1], true));
+    outputs.push_back(at::zeros({images, sizes[i], sizes[i + 1], channels}, options).permute({0, 3, 1, 2}));
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "roi_align_backward", [&] {
     using T = at::opmath_type<scalar_t>;
     const auto prepared = make_rois<T>(
-        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned, channels_last);
+        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned, channels == 1);
     const scalar_t* pooled = grad.const_data_ptr<scalar_t>();
     // A thread owns channels, and takes the RoIs in order: no races, and the same sums for any number of threads.
-    at::parallel_for(0, channels, channels_last ? 16 : 1, [&](int64_t begin, int64_t end) {
-      const int64_t count = channels_last ? end - begin : 1;
+    at::parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
+      const int64_t count = end - begin;
       std::vector<T> blend(widest(pyramid) * count), values(bins * count);
-      for (int64_t c = begin; c < end; c += count) {
-        for (size_t k = 0; k < prepared.size(); ++k) {
-          const auto& roi = prepared[k];
-          if (roi.level < 0) {
-            continue;
+      for (size_t k = 0; k < prepared.size(); ++k) {
+        const auto& roi = prepared[k];
+        if (roi.level < 0) {
+          continue;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          const scalar_t* source = pooled + k * grad.stride(0) + (begin + i) * grad.stride(1);
+          for (int64_t b = 0; b < bins; ++b) {
+            values[b * count + i] = static_cast<T>(source[b / width * grad.stride(2) + b % width * grad.stride(3)]);
           }
-          for (int64_t i = 0; i < count; ++i) {
-            const scalar_t* source = pooled + k * grad.stride(0) + (c + i) * grad.stride(1);
-            for (int64_t b = 0; b < bins; ++b) {
-              values[b * count + i] =
-                  static_cast<T>(source[b / width * grad.stride(2) + b % width * grad.stride(3)]);
-            }
-          }
-          const auto& level = pyramid[roi.level];
-          T* cells = outputs[roi.level].mutable_data_ptr<T>() + roi.image * level.image + c * level.channel;
-          if (channels_last) {
-            scatter<false>(roi, values.data(), level, count, height, width, blend.data(), cells);
-          } else {
-            scatter<true>(roi, values.data(), level, 1, height, width, blend.data(), cells);
-          }
+        }
+        const auto& level = pyramid[roi.level];
+        T* cells = outputs[roi.level].mutable_data_ptr<T>() + roi.image * level.image + begin;
+        if (channels == 1) {
+          scatter<true>(roi, values.data(), level, 1, height, width, blend.data(), cells);
+        } else {
+          scatter<false>(roi, values.data(), level, count, height, width, blend.data(), cells);
         }
       }
     });
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (!channels_last) {
+        const auto planes = at::empty({images, channels, pyramid[i].height, pyramid[i].width}, options);
+        transpose<false>(
+            outputs[i].const_data_ptr<T>(), images, channels, pyramid[i].height * pyramid[i].width,
+            planes.mutable_data_ptr<T>());
+        outputs[i] = planes;
+      }
+      outputs[i] = outputs[i].to(grad.scalar_type());
+    }
   });
-  for (auto& output : outputs) {
-    output = output.to(grad.scalar_type());
-  }
   return outputs;
 }
 
