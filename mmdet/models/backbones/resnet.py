@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
-from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics
+from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics, norm_relu
 from mmdet.registry import MODELS
 
 
@@ -30,7 +32,6 @@ class BasicBlock(nn.Module):
         self.bn1 = build_norm(norm_cfg, planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = build_norm(norm_cfg, planes)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _downsample(in_channels, planes, stride, norm_cfg)
         self.context_at = gcb.get('position', 'after_conv2') if gcb else None
         if self.context_at == 'after_conv3':
@@ -41,16 +42,15 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
         identity = self.downsample(x) if self.downsample is not None else x
-        out = self.relu(self.bn1(self.conv1(x)))
+        out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = self.bn2(self.conv2(out))
+        out = self.conv2(out)
         if self.context_at == 'after_conv2':
-            return self.context_block(out, identity, relu=True)
-        out += identity
+            return self.context_block(self.bn2(out), identity, relu=True)
         if self.context_at == 'after_add':
-            return self.context_block(out, relu=True)
-        return self.relu(out)
+            return self.context_block(self.bn2(out) + identity, relu=True)
+        return norm_relu(self.bn2, out, identity)
 
 
 class Bottleneck(nn.Module):
@@ -91,7 +91,6 @@ class Bottleneck(nn.Module):
         self.bn2 = build_norm(norm_cfg, width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = build_norm(norm_cfg, out_channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _downsample(in_channels, out_channels, stride, norm_cfg)
         self.context_at = gcb.get('position', 'after_conv3') if gcb else None
         if gcb:
@@ -101,19 +100,18 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
         identity = self.downsample(x) if self.downsample is not None else x
-        out = self.relu(self.bn1(self.conv1(x)))
+        out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
-        out = self.relu(self.bn2(self.conv2(out)))
+        out = norm_relu(self.bn2, self.conv2(out))
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
-        out = self.bn3(self.conv3(out))
+        out = self.conv3(out)
         if self.context_at == 'after_conv3':
-            return self.context_block(out, identity, relu=True)
-        out += identity
+            return self.context_block(self.bn3(out), identity, relu=True)
         if self.context_at == 'after_add':
-            return self.context_block(out, relu=True)
-        return self.relu(out)
+            return self.context_block(self.bn3(out) + identity, relu=True)
+        return norm_relu(self.bn3, out, identity)
 
 
 def _downsample(
@@ -124,6 +122,19 @@ def _downsample(
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
         build_norm(norm_cfg, out_channels))
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    """3x3 max pooling with stride 2 of (N, C, H, W)."""
+    if x.requires_grad or x.is_cuda:
+        return F.max_pool2d(x, 3, stride=2, padding=1)
+    # On the CPU comparing whole rows, then columns, is several times as fast; ties would share a gradient.
+    height, width = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    x = F.pad(x, (1, 1, 1, 1), value=-torch.inf)
+    above, row, below = (x[:, :, i:i + 2 * height:2] for i in range(3))
+    x = torch.maximum(torch.maximum(above, row), below)
+    left, column, right = (x[..., i:i + 2 * width:2] for i in range(3))
+    return torch.maximum(torch.maximum(left, column), right)
 
 
 ARCHITECTURES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -203,8 +214,6 @@ class ResNet(nn.Module):
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = build_norm(norm_cfg, 64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = 64
         for i in range(4):
             planes = 64 * 2**i
@@ -253,7 +262,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to c2 .. c5, (N, C_i, H / stride_i, W / stride_i), strides 4 .. 32."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = _max_pool(norm_relu(self.bn1, self.conv1(x)))
         outputs = []
         for stage in self._stages():
             for block in stage:

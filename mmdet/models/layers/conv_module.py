@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.norm import NormConfig, build_norm
+from mmdet.models.layers.norm import NormConfig, build_norm, norm_relu
 
 
 class ConvModule(nn.Module):
@@ -33,5 +33,5 @@ class ConvModule(nn.Module):
         """(N, in_channels, H, W) to (N, out_channels, H, W)."""
         x = self.conv(x)
         if self.bn is not None:
-            x = self.bn(x)
+            return norm_relu(self.bn, x) if self.relu else self.bn(x)
         return F.relu(x, inplace=True) if self.relu else x

@@ -6,9 +6,12 @@ from typing import Any, Literal, Required, TypedDict
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from mmengine import dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as CudaFunction
+
+from mmdet.ops import context_fuse
 
 
 class NormConfig(TypedDict, total=False):
@@ -35,6 +38,18 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     else:
         layer = {'BN': nn.BatchNorm2d, 'SyncBN': SyncBatchNorm}[cfg['type']](channels, **options)
     return layer.requires_grad_(cfg.get('requires_grad', True))
+
+
+def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
+        x = norm(x)
+        return F.relu(x if identity is None else x.add_(identity), inplace=True)
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    # Rounded once, as PyTorch's batch norm does: its results are the same to the last bit.
+    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+    return context_fuse(x, scale.expand(len(x), -1), shift.expand(len(x), -1), identity, relu=True)
 
 
 def _apex_sync_batch_norm() -> type[nn.Module]:

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mmdet.models.backbones.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
+from mmdet.models.backbones.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet, _max_pool
 from mmdet.models.layers.context_block import ContextBlock
 
 GCB = dict(gcb=dict(ratio=1 / 4), stage_with_gcb=(False, True, True, True))
@@ -144,10 +144,12 @@ def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> N
             entered[name], left[name] = inputs[0].clone(), output.clone()
         return hook
 
-    for name in {'bn1', 'bn2', 'bn3', 'context_block'} & dict(block.named_children()).keys():
+    for name in {'conv1', 'conv2', 'conv3', 'context_block'} & dict(block.named_children()).keys():
         block.get_submodule(name).register_forward_hook(keep(name))
     block.register_forward_hook(keep('block'))
     net(torch.randn(1, 3, 64, 64))
+    for i in range(1, 4 if depth == 50 else 3):
+        left[f'bn{i}'] = block.get_submodule(f'bn{i}')(left[f'conv{i}'])
     last, shortcut = ('bn3' if depth == 50 else 'bn2'), entered['block']
     if position == 'after_add':
         torch.testing.assert_close(entered['context_block'], left[last] + shortcut)
@@ -165,6 +167,15 @@ def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> N
 def test_positions_and_blocks_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="gcb.position='after_conv3': blocks of ResNet-18 and 34"):
         ResNet(18, gcb=dict(position='after_conv3'), stage_with_gcb=(True, True, True, True))
+
+
+@pytest.mark.parametrize('height, width', [(12, 16), (13, 15), (1, 2)])
+def test_maps_without_gradient_are_pooled_alike(height: int, width: int) -> None:
+    x = torch.randn(2, 3, height, width)
+    expected = torch.nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+    assert torch.equal(_max_pool(x), expected)
+    found = _max_pool(x.requires_grad_())
+    assert torch.equal(found, expected) and found.requires_grad
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmdet.models.layers.norm import SyncBatchNorm, build_norm, freeze_norm_statistics
+from mmdet.models.layers.norm import SyncBatchNorm, build_norm, freeze_norm_statistics, norm_relu
 
 ROOT = Path(__file__).resolve().parents[3]
 CHANNELS = 5
@@ -220,3 +220,23 @@ def test_frozen_statistics_stay() -> None:
     assert [m.training for m in model.modules()] == [True, False, True, False, True]
     model(torch.randn(2, 3, 4, 4) + 5)
     assert (model[0].running_mean == 0).all() and model[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize('images', [2, 0])
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('kind, training', [('BN', False), ('SyncBN', False), ('BN', True), ('GN', True)])
+def test_norm_and_relu_together(kind: str, training: bool, residual: bool, images: int) -> None:
+    norm = build_norm(dict(type=kind) | (dict(num_groups=2) if kind == 'GN' else {}), 6).double()
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    norm.train(training and images > 0)  # PyTorch knows no statistics of nothing
+    x, identity = (torch.randn(images, 6, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    expected = (norm(x) + identity if residual else norm(x)).relu()
+    found = norm_relu(norm, x, identity if residual else None)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    inputs = [x, *norm.parameters(), *([identity] if residual else [])]
+    grad = torch.randn_like(expected)
+    grads = [torch.autograd.grad(output, inputs, grad) for output in (found, expected)]
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
