@@ -2,7 +2,7 @@
 
 A script calls ``main`` with its peers. It is then started once a peer, with ``--worker PEER``: that process
 prepares, runs a step to warm up, says what came out of it, and runs and times one step for each line that
-it reads.
+it reads. A peer that this environment lacks is a command of another one, which does the same (``serve``).
 """
 
 import argparse
@@ -39,7 +39,8 @@ def common_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequence[str],
-         agree: Callable[[dict[str, Any]], Iterable[str]]) -> None:
+         agree: Callable[[dict[str, Any]], Iterable[str]],
+         other: Callable[[argparse.Namespace, str], dict[str, list[str]]]) -> None:
     """Time the peers on each case and print times, ratios to the first peer, and how their results agree.
 
     Args:
@@ -47,6 +48,7 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         peers: by name; the first is what the others are compared with.
         cases: values of the flag ``--case``; a peer is prepared for one of them.
         agree: lines on how the results of a case agree, from the peers' results by name.
+        other: commands of further peers, by name, from the arguments and the case.
     """
     parser.add_argument('--case', nargs='+', choices=cases, default=cases)
     parser.add_argument('--peers', nargs='+', choices=list(peers), default=list(peers))
@@ -54,23 +56,26 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
     args = parser.parse_args()
     if args.worker:
         args.case = args.case[0]
-        return _serve(args, peers[args.worker])
+        return serve(lambda: peers[args.worker](args), args.threads)
     records = []
     for case in args.case:
         timed = {}
+        own = [sys.executable, *sys.argv, '--case', case, '--worker']
+        commands = {name: [*own, name] for name in args.peers} | other(args, case)
         for malloc, env in MALLOC.items():
-            timed[malloc], results = _time_in_turns(args.peers, case, args, env)
+            timed[malloc], results = _time_in_turns(commands, args, env)
             records += [dict(case=case, malloc=malloc, peer=name, wall=wall, cpu=cpu)
                         for name, (wall, cpu) in timed[malloc].items()]
         print(_table(case, timed), *agree(results), '', sep='\n', flush=True)
     write_json(args, records)
 
 
-def _serve(args: argparse.Namespace, peer: Peer) -> None:
+def serve(prepare: Callable[[], Step], threads: int) -> None:
+    """Be the process of a peer."""
     channel = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what libraries print is no answer
-    torch.set_num_threads(args.threads)
-    step = peer(args)
+    torch.set_num_threads(threads)
+    step = prepare()
     answer: Any = step()
     print(json.dumps(answer), file=channel, flush=True)
     for _ in sys.stdin:
@@ -81,18 +86,17 @@ def _serve(args: argparse.Namespace, peer: Peer) -> None:
 
 
 def _time_in_turns(
-    names: Sequence[str], case: str, args: argparse.Namespace, env: dict[str, str]
+    commands: dict[str, list[str]], args: argparse.Namespace, env: dict[str, str]
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, Any]]:
     """Seconds (wall, CPU) of each round and results, by peer."""
-    words = [sys.executable, *sys.argv, '--case', case, '--worker']
     threads = dict(OMP_NUM_THREADS=str(args.threads))
     workers, results = {}, {}
-    for name in names:
+    for name, command in commands.items():
         workers[name] = subprocess.Popen(
-            [*words, name], env=os.environ | threads | env, text=True,
+            command, env=os.environ | threads | env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         results[name] = _answer(name, workers[name])
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
     for _ in range(args.rounds):
         for name, worker in workers.items():
             assert worker.stdin is not None

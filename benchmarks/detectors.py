@@ -1,6 +1,7 @@
 """The detectors that are compared, with the same weights, and the images they see."""
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ NUM_CLASSES = 80
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--data``: real images."""
+    """``--data``: real images; ``--mmdetection``: a peer that cannot be in the same environment."""
     parser.add_argument('--data', type=Path, required=True,
                         help='folder with annotations/instances_{train,val}2017.json, train2017/, val2017/')
     parser.add_argument('--batch', type=int, help='images a step')
+    parser.add_argument('--mmdetection', metavar='PYTHON', help='Python of an environment with mmdetection 3')
 
 
 def random_weights(model: nn.Module, seed: int = 0) -> None:
@@ -72,6 +74,19 @@ def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int, number:
     items = (dataset[i] for i in range(len(dataset)))
     fitting = (item for item in items if min(item['inputs'].shape[1:]) == size)
     return pseudo_collate([item for item, _ in zip(fitting, range(number))])
+
+
+def mmdetection_command(args: argparse.Namespace, case: str, part: str, batch: int) -> dict[str, list[str]]:
+    """The command of the peer mmdetection, and the file that tells it weights and images; none without it."""
+    if not args.mmdetection:
+        return {}
+    cfg, model = build_detector('mask_rcnn_r50_fpn_1x.py', int(case))
+    loaded = load_batch(cfg, part, args, int(case), args.batch or batch)
+    samples = [{k: v for k, v in vars(s).items() if v is not None} for s in loaded['data_samples']]
+    file = Path(tempfile.mkdtemp()) / 'exchange.pt'
+    torch.save(dict(state=model.state_dict(), inputs=loaded['inputs'], samples=samples), file)
+    script = Path(__file__).with_name('mmdetection.py')
+    return dict(mmdetection=[args.mmdetection, str(script), part, str(file), str(args.threads)])
 
 
 def build_torchvision(model: nn.Module, size: int) -> Any:

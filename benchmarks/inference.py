@@ -17,6 +17,7 @@ from detectors import (
     build_detector,
     build_torchvision,
     load_batch,
+    mmdetection_command,
     torchvision_images,
 )
 
@@ -65,7 +66,7 @@ def torchvision(args: argparse.Namespace) -> Step:
 
 
 def agree(results: dict[str, Any]) -> Iterable[str]:
-    for name in ('torchvision', 'bfloat16'):
+    for name in ('torchvision', 'mmdetection', 'bfloat16'):
         if {name, 'float32'} <= results.keys():
             yield f'float32 and {name}: {agreement(results["float32"], results[name])}'
     counts = {name: [len(image['labels']) for image in found] for name, found in results.items()}
@@ -78,4 +79,4 @@ PEERS: dict[str, Peer] = {
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree)
+    main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'test', 1))

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from common import Peer, Step, common_parser, main
-from detectors import add_data_arguments, build_detector, build_torchvision, load_batch, torchvision_images
+from detectors import (
+    add_data_arguments,
+    build_detector,
+    build_torchvision,
+    load_batch,
+    mmdetection_command,
+    torchvision_images,
+)
 from torch import Tensor, nn
 
 PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
@@ -74,4 +81,4 @@ PEERS: dict[str, Peer] = {
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree)
+    main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'train', 2))
