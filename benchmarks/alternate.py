@@ -1,4 +1,7 @@
-"""Time functions in turns in one process, so that what else the machine does falls on all of them alike."""
+"""Time functions in turns in one process, so that what else the machine does falls on all of them alike.
+
+Malloc keeps memory for all of them.
+"""
 
 import argparse
 import json
@@ -10,9 +13,12 @@ from typing import Any
 
 import torch
 
+from mmdet.utils.env import keep_memory
+
 
 def op_parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags of a benchmark of an op."""
+    keep_memory()
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())

@@ -1,7 +1,7 @@
 """The global context block against eager PyTorch (on CUDA also compiled), and plain reads and writes.
 
 The first line of a case is the floor: PyTorch operations that read and write the bytes that cannot be
-avoided, of x, the output, the identity, the parameters and the gradients. Malloc keeps memory for all.
+avoided, of x, the output, the identity, the parameters and the gradients.
 """
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from alternate import compare, op_parser, write
 from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock
-from mmdet.utils.env import keep_memory
 
 SHAPES = [(2, 512, 100, 168), (2, 1024, 50, 84), (2, 2048, 25, 42)]  # c3, c4, c5 of two images at 800 x 1344
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -109,7 +108,6 @@ def main() -> None:
     parser.add_argument('--dtype', default='float32', choices=['float32', 'float64', 'float16', 'bfloat16'])
     parser.add_argument('--layout', default='contiguous', choices=list(FORMATS))
     args = parser.parse_args()
-    keep_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     records = []

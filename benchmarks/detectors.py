@@ -16,10 +16,14 @@ NUM_CLASSES = 80
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--data``: real images; ``--mmdetection``: a peer that cannot be in the same environment."""
+    """``--data``: real images."""
     parser.add_argument('--data', type=Path, required=True,
                         help='folder with annotations/instances_{train,val}2017.json, train2017/, val2017/')
     parser.add_argument('--batch', type=int, help='images a step')
+
+
+def add_mmdetection_argument(parser: argparse.ArgumentParser) -> None:
+    """``--mmdetection``: a peer that cannot live in this environment, since its package has the same name."""
     parser.add_argument('--mmdetection', metavar='PYTHON', help='Python of an environment with mmdetection 3')
 
 

@@ -1,20 +1,15 @@
 """Masks of 100 detections to COCO RLE: `mmdet.ops.paste_masks` against PyTorch and pycocotools.
 
-    python benchmarks/masks.py [--out masks.json]
-
 The other side does what mmdetection 3.3 does on a CPU: `grid_sample` over the box of one mask at a time into
 a boolean image of its own, and pycocotools' `encode` of each image. Both must give the same bytes.
 """
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from alternate import compare, op_parser, write
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -47,44 +42,20 @@ def eager(masks: Tensor, boxes: Tensor) -> list[RLE]:
     return [coco_mask.encode(np.asfortranarray(image, np.uint8)) for image in images.numpy()]
 
 
-def compiled(masks: Tensor, boxes: Tensor) -> list[RLE]:
-    return paste_masks(masks, boxes, (HEIGHT, WIDTH), THRESHOLD)
-
-
-def milliseconds(function, *args: Tensor) -> float:
-    begin = time.perf_counter()
-    function(*args)
-    return (time.perf_counter() - begin) * 1000
-
-
-def compare(masks: Tensor, boxes: Tensor, repeats: int) -> dict[str, float]:
-    """Medians of both in alternation, and the median and quartiles of their ratio."""
-    if eager(masks, boxes) != compiled(masks, boxes):
-        raise RuntimeError('the masks differ')
-    times = [(milliseconds(eager, masks, boxes), milliseconds(compiled, masks, boxes))
-             for _ in range(repeats)]
-    ratios = [a / b for a, b in times]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return dict(eager_ms=statistics.median(a for a, _ in times), op_ms=statistics.median(b for _, b in times),
-                ratio=middle, ratio_q1=low, ratio_q3=high)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--repeats', type=int, default=15)
-    parser.add_argument('--out', type=Path, metavar='FILE.json')
-    args = parser.parse_args()
+    args = op_parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    report = {name: compare(*make_detections(100, sides), args.repeats) for name, sides in SIDES.items()}
-    print(f'100 masks on {WIDTH} x {HEIGHT}, {args.threads} threads, the same bytes from both')
-    for name, row in report.items():
-        print(f'{name:>6} boxes: eager {row["eager_ms"]:7.2f} ms, op {row["op_ms"]:6.2f} ms, '
-              f'{row["ratio"]:5.1f} times as fast (quartiles {row["ratio_q1"]:.1f} to {row["ratio_q3"]:.1f})')
-    if args.out:
-        args.out.write_text(json.dumps(
-            dict(threads=args.threads, torch=torch.__version__, masks=report), indent=1))
+    records = []
+    for name, sides in SIDES.items():
+        masks, boxes = make_detections(100, sides)
+        functions = {'PyTorch and pycocotools': partial(eager, masks, boxes),
+                     'mmdet': partial(paste_masks, masks, boxes, (HEIGHT, WIDTH), THRESHOLD)}
+        found, expected = (function() for function in functions.values())
+        assert found == expected, 'the masks differ'
+        records += compare(f'100 {name} boxes on {WIDTH} x {HEIGHT}', functions, args.rounds)
+    print('the same bytes from both')
+    write(args, records)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
     add_data_arguments,
+    add_mmdetection_argument,
     build_detector,
     build_torchvision,
     load_batch,
@@ -81,4 +82,5 @@ PEERS: dict[str, Peer] = {
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
+    add_mmdetection_argument(parser)
     main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'train', 2))

@@ -25,8 +25,8 @@ PARTS = {
     'checkpoint_files': BASE,
     'legacy_2019': BASE | {'datasets', 'models'},
     'models': BASE | {'checkpoint'},
-    'datasets': BASE,
-    'evaluation': BASE,
+    'datasets': BASE | {'utils'},
+    'evaluation': BASE | {'utils'},
     'visualization': BASE,
     'utils': BASE | {'_C'},
 }

@@ -1,7 +1,6 @@
 """Data sets in COCO's format, checked as a whole before training starts."""
 
 import colorsys
-import gc
 import os
 import pickle
 from collections import Counter
@@ -24,6 +23,7 @@ from mmdet.datasets.annotation_file import (
     unusable,
 )
 from mmdet.registry import DATASETS, TRANSFORMS
+from mmdet.utils.env import paused_gc
 
 COCO_CLASSES = (
     'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat',
@@ -148,9 +148,7 @@ class CocoDataset(BaseDataset):
         """Reads and checks the annotation file; does nothing the second time."""
         if self._fully_initialized:
             return
-        gc_was_enabled = gc.isenabled()
-        gc.disable()  # Millions of small objects and no cycles: collecting takes as long as reading.
-        try:
+        with paused_gc():
             self.data_list = self.load_data_list()
             self.data_list = self.filter_data()
             if self._indices is not None:
@@ -160,9 +158,6 @@ class CocoDataset(BaseDataset):
             check_files([data_info['img_path'] for data_info in self.data_list], self.ann_file)
             if self.serialize_data:
                 self.data_bytes, self.data_address = self._serialize_data()
-        finally:
-            if gc_was_enabled:
-                gc.enable()
         self._fully_initialized = True
 
     def _serialize_data(self) -> tuple[np.ndarray, np.ndarray]:

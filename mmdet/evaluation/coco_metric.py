@@ -1,13 +1,11 @@
 """The metric that runs after testing: files of results, COCO numbers, tables, diagnosis."""
 
-import gc
 import json
 import logging
 import os
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from terminaltables import AsciiTable
 from torch import Tensor
 
 from mmdet.registry import METRICS
+from mmdet.utils.env import paused_gc
 
 from .coco_eval import (
     BACKENDS,
@@ -191,17 +190,6 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
     longest = max(map(len, parts), default=0)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
-
-@contextmanager
-def paused_gc() -> Iterator[None]:
-    """No garbage collection: it would go again and again through millions of records without cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def iou_types(results: list[dict[str, Any]]) -> list[str]:

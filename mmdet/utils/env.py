@@ -1,7 +1,10 @@
 """The process's share of the machine: threads and memory."""
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -62,3 +65,15 @@ def keep_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # macOS, Windows
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """No garbage collection: it would go again and again through millions of records without cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
