@@ -58,7 +58,7 @@ def compare(case: str, functions: dict[str, Callable[[], Any]], rounds: int) -> 
             record[clock] = dict(milliseconds=statistics.median(own[i] for own in series),
                                  ratio=statistics.median(ratios), smallest=ratios[0], largest=ratios[-1])
         wall, cpu = record['wall'], record['cpu']
-        print(f'{case:36} {name:26} {wall["milliseconds"]:9.2f} ms, {wall["ratio"]:6.2f} times as fast '
+        print(f'{case:48} {name:26} {wall["milliseconds"]:9.2f} ms, {wall["ratio"]:6.2f} times as fast '
               f'({wall["smallest"]:.2f} to {wall["largest"]:.2f}), by CPU time {cpu["ratio"]:.2f}')
         records.append(record)
     return records

@@ -4,6 +4,7 @@ The first line of a case is the floor: PyTorch operations that read and write th
 avoided, of x, the output, the identity, the parameters and the gradients.
 """
 import argparse
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -59,14 +60,15 @@ def floor(
 
 
 def measure(
-    args: argparse.Namespace, shape: tuple[int, ...], ratio: float, residual: bool, backward: bool
+    args: argparse.Namespace, layout: str, shape: tuple[int, ...], ratio: float, residual: bool,
+    backward: bool,
 ) -> list[dict]:
     """The records of one case."""
     dtype = getattr(torch, args.dtype)
     block = ContextBlock(shape[1], ratio).to(args.device, dtype)
     nn.init.normal_(block.channel_add_conv[3].weight, std=0.01)
     x, identity, grad = (
-        part.to(args.device, dtype, memory_format=FORMATS[args.layout]) for part in torch.randn(3, *shape))
+        part.to(args.device, dtype, memory_format=FORMATS[layout]) for part in torch.randn(3, *shape))
     with torch.no_grad():  # away from the ReLU's kink, where rounding decides on a gradient
         identity += 0.1 * ((block(x) + identity).abs() < 0.01)
     given = identity.requires_grad_() if residual else None
@@ -93,29 +95,27 @@ def measure(
                 torch.testing.assert_close(
                     part, expected, rtol=bound, atol=bound * expected.abs().max().item())
     run_floor, size = floor(x, given, list(block.parameters()), backward)
-    case = f'{"x".join(map(str, shape))} r{round(1 / ratio)}{" residual" if residual else ""}'
+    case = f'{layout} {"x".join(map(str, shape))} r{round(1 / ratio)}{" residual" if residual else ""}'
     case += ' f+b' if backward else ' f'
     records = compare(case, {f'{size / 1e6:.1f} MB': run_floor, **functions}, args.rounds)
     times = {record['name']: record for record in records}
     for clock in ('wall', 'cpu'):
         fast = times['eager'][clock]['milliseconds'] / times['mmdet'][clock]['milliseconds']
-        print(f'{case:36} mmdet is {fast:.2f} times as fast as eager ({clock})', flush=True)
+        print(f'{case:48} mmdet is {fast:.2f} times as fast as eager ({clock})', flush=True)
     return [dict(record, bytes=size) for record in records]
 
 
 def main() -> None:
     parser = op_parser(__doc__)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'float64', 'float16', 'bfloat16'])
-    parser.add_argument('--layout', default='contiguous', choices=list(FORMATS))
+    parser.add_argument('--layouts', nargs='+', default=list(FORMATS), choices=list(FORMATS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     records = []
-    for shape in SHAPES:
-        for ratio in (1 / 4, 1 / 16):
-            for residual in (False, True):
-                for backward in (False, True):
-                    records += measure(args, shape, ratio, residual, backward)
+    for layout, shape, ratio, residual, backward in itertools.product(
+            args.layouts, SHAPES, (1 / 4, 1 / 16), (False, True), (False, True)):
+        records += measure(args, layout, shape, ratio, residual, backward)
     print('outputs and gradients agree within 200 roundings of the largest')
     write(args, records)
 
