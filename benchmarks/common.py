@@ -100,7 +100,10 @@ def _time_in_turns(
     for _ in range(args.rounds):
         for name, worker in workers.items():
             assert worker.stdin is not None
-            print(file=worker.stdin, flush=True)
+            try:
+                print(file=worker.stdin, flush=True)
+            except BrokenPipeError:
+                pass  # it has died, which the answer tells
             for column, seconds in zip(times[name], _answer(name, worker)):
                 column.append(seconds)
     for worker in workers.values():
@@ -112,7 +115,9 @@ def _answer(name: str, worker: subprocess.Popen) -> Any:
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError(f'{name} has stopped; `{" ".join(map(str, worker.args))}` shows why')  # type: ignore
+        raise RuntimeError(
+            f'{name} has stopped with {worker.wait()}; if it was killed for want of memory (-9), give fewer '
+            f'--peers; `{" ".join(map(str, worker.args))}` shows more')  # type: ignore
     return json.loads(line)
 
 

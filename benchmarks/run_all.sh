@@ -11,15 +11,18 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 
-run() {  # NAME [FLAG]...
-    echo "== $1"
-    "$python" "benchmarks/$1.py" --out "$out/$1.json" "${@:2}" | tee "$out/$1.txt"
+run() {  # SCRIPT NAME [FLAG]...
+    echo "== $2"
+    "$python" "benchmarks/$1.py" --out "$out/$2.json" "${@:3}" | tee "$out/$2.txt"
 }
 
 for name in context_block roi_align nms masks evaluation; do
-    run "$name"
+    run "$name" "$name"
 done
-run loader --data "$data"
-for name in inference train_step; do
-    run "$name" --data "$data" ${MMDETECTION:+--mmdetection "$MMDETECTION"}
-done
+run loader loader --data "$data"
+mmdetection=(${MMDETECTION:+--mmdetection "$MMDETECTION"})
+run inference inference --data "$data" "${mmdetection[@]}"
+run train_step train_step_256 --data "$data" --case 256 "${mmdetection[@]}"
+# A peer's process takes 5 GB and more at 800 pixels: not all at once.
+run train_step train_step_800 --data "$data" --case 800 --rounds 3 --peers torchvision float32 'float32, GC r4'
+run train_step train_step_800_more --data "$data" --case 800 --rounds 3 --peers float32 bfloat16 "${mmdetection[@]}"
