@@ -81,6 +81,8 @@ def serve(prepare: Callable[[], Step], threads: int) -> None:
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         answer = time.perf_counter() - wall, time.process_time() - cpu
         print(json.dumps(answer), file=channel, flush=True)
 

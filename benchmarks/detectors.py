@@ -1,6 +1,8 @@
 """The detectors that are compared, with the same weights, and the images they see."""
 
 import argparse
+import atexit
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +24,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch', type=int, help='images a step')
 
 
-def add_mmdetection_argument(parser: argparse.ArgumentParser) -> None:
-    """``--mmdetection``: a peer that cannot live in this environment, since its package has the same name."""
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--amp`` and ``--mmdetection``, a peer whose package has the name of this one."""
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast for all peers')
     parser.add_argument('--mmdetection', metavar='PYTHON', help='Python of an environment with mmdetection 3')
+
+
+def autocast(args: argparse.Namespace, enabled: bool = False) -> torch.autocast:
+    """bfloat16 autocast, if it is enabled here or for all peers."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=enabled or args.amp)
 
 
 def random_weights(model: nn.Module, seed: int = 0) -> None:
@@ -87,10 +96,13 @@ def mmdetection_command(args: argparse.Namespace, case: str, part: str, batch: i
     cfg, model = build_detector('mask_rcnn_r50_fpn_1x.py', int(case))
     loaded = load_batch(cfg, part, args, int(case), args.batch or batch)
     samples = [{k: v for k, v in vars(s).items() if v is not None} for s in loaded['data_samples']]
-    file = Path(tempfile.mkdtemp()) / 'exchange.pt'
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    file = Path(folder) / 'exchange.pt'
     torch.save(dict(state=model.state_dict(), inputs=loaded['inputs'], samples=samples), file)
     script = Path(__file__).with_name('mmdetection.py')
-    return dict(mmdetection=[args.mmdetection, str(script), part, str(file), str(args.threads)])
+    words = [args.mmdetection, str(script), part, str(file), str(args.threads), args.device]
+    return dict(mmdetection=[*words, '--amp'] if args.amp else words)
 
 
 def build_torchvision(model: nn.Module, size: int) -> Any:
@@ -133,9 +145,9 @@ def torchvision_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def torchvision_images(batch: dict[str, Any]) -> list[Tensor]:
+def torchvision_images(batch: dict[str, Any], device: str) -> list[Tensor]:
     """The loader's BGR images (3, H, W) as torchvision's models take them: RGB, 0 to 1."""
-    return [image.flip(0).float() / 255 for image in batch['inputs']]
+    return [image.to(device).flip(0).float() / 255 for image in batch['inputs']]
 
 
 def agreement(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> str:

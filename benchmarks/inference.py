@@ -13,8 +13,9 @@ import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
     add_data_arguments,
-    add_mmdetection_argument,
+    add_step_arguments,
     agreement,
+    autocast,
     build_detector,
     build_torchvision,
     load_batch,
@@ -30,12 +31,12 @@ def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> S
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
-    model.eval()
+    model.eval().to(args.device)
     batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
 
     @torch.no_grad()
     def step() -> Any:
-        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        with autocast(args, amp):
             results = model.test_step(batch)
         return [dict(boxes=(r['boxes'] * r['boxes'].new_tensor(s.scale_factor).repeat(2)).tolist(),
                      scores=r['scores'].tolist(), labels=r['labels'].tolist())
@@ -53,12 +54,13 @@ def bfloat16(args: argparse.Namespace) -> Step:
 
 def torchvision(args: argparse.Namespace) -> Step:
     cfg, model = build_detector(PLAIN, int(args.case))
-    peer = build_torchvision(model, int(args.case)).eval()
+    peer = build_torchvision(model, int(args.case)).eval().to(args.device)
     batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
 
     @torch.no_grad()
     def step() -> Any:
-        results = peer(torchvision_images(batch))
+        with autocast(args):
+            results = peer(torchvision_images(batch, args.device))
         for result in results:
             result['masks'] = result['masks'] > 0.5
         return [dict(boxes=r['boxes'].tolist(), scores=r['scores'].tolist(),
@@ -80,5 +82,5 @@ PEERS: dict[str, Peer] = {
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
-    add_mmdetection_argument(parser)
+    add_step_arguments(parser)
     main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'test', 1))

@@ -44,16 +44,18 @@ def build(exchange: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return model, dict(inputs=exchange['inputs'], data_samples=samples)
 
 
-def inference(model: Any, batch: dict[str, Any]) -> Step:
+def inference(model: Any, batch: dict[str, Any], autocast: torch.autocast) -> Step:
     from mmdet.structures.mask import encode_mask_results
 
     model.eval()
 
     @torch.no_grad()
     def step() -> Any:
+        with autocast:
+            results = model.test_step(dict(batch))
         answer = []
-        for result in model.test_step(dict(batch)):
-            found = result.pred_instances
+        for result in results:
+            found = result.pred_instances.cpu()
             encode_mask_results(found.masks.numpy())
             boxes = found.bboxes * torch.tensor(result.scale_factor).repeat(2)
             answer.append(dict(
@@ -62,9 +64,10 @@ def inference(model: Any, batch: dict[str, Any]) -> Step:
     return step
 
 
-def training(model: Any, batch: dict[str, Any]) -> Step:
+def training(model: Any, batch: dict[str, Any], autocast: torch.autocast) -> Step:
     def losses() -> dict[str, torch.Tensor]:
-        found = model(**model.data_preprocessor(dict(batch), training=True), mode='loss')
+        with autocast:
+            found = model(**model.data_preprocessor(dict(batch), training=True), mode='loss')
         return {name: sum(loss) if isinstance(loss, list) else loss.sum()
                 for name, loss in found.items() if 'loss' in name}
     return training_step(model, losses, dict(momentum=0.9, weight_decay=1e-4))
@@ -73,6 +76,11 @@ def training(model: Any, batch: dict[str, Any]) -> Step:
 if __name__ == '__main__':
     root = Path(__file__).resolve().parents[1]
     sys.path = [path for path in sys.path if Path(path).resolve() != root]
-    part, file, threads = sys.argv[1:]
-    steps = dict(test=inference, train=training)
-    serve(lambda: steps[part](*build(torch.load(file))), int(threads))
+    part, file, threads, device, *amp = sys.argv[1:]
+    make_step = dict(test=inference, train=training)[part]
+
+    def prepare() -> Step:
+        model, batch = build(torch.load(file))
+        return make_step(model.to(device), batch, torch.autocast(device, torch.bfloat16, enabled=bool(amp)))
+
+    serve(prepare, int(threads))

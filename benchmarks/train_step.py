@@ -13,7 +13,8 @@ import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
     add_data_arguments,
-    add_mmdetection_argument,
+    add_step_arguments,
+    autocast,
     build_detector,
     build_torchvision,
     load_batch,
@@ -30,11 +31,12 @@ def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> S
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
+    model.to(args.device)
     batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
 
     def losses() -> dict[str, Tensor]:
-        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        with autocast(args, amp):
             found = model(**model.data_preprocessor(batch, training=True), mode='loss')
         return {name: loss for name, loss in found.items() if 'loss' in name}
     return training_step(model, losses, options)
@@ -50,11 +52,15 @@ def bfloat16(args: argparse.Namespace) -> Step:
 
 def torchvision(args: argparse.Namespace) -> Step:
     cfg, model = build_detector(PLAIN, int(args.case))
-    peer = build_torchvision(model, int(args.case))
+    peer = build_torchvision(model, int(args.case)).to(args.device)
     batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
-    targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=s.masks) for s in batch['data_samples']]
-    return training_step(peer, lambda: peer(torchvision_images(batch), targets),
-                         dict(momentum=0.9, weight_decay=1e-4))
+    samples = [s.to(args.device) for s in batch['data_samples']]
+    targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=s.masks) for s in samples]
+
+    def losses() -> dict[str, Tensor]:
+        with autocast(args):
+            return peer(torchvision_images(batch, args.device), targets)
+    return training_step(peer, losses, dict(momentum=0.9, weight_decay=1e-4))
 
 
 def training_step(model: nn.Module, losses: Callable[[], dict[str, Tensor]], options: dict[str, Any]) -> Step:
@@ -82,5 +88,5 @@ PEERS: dict[str, Peer] = {
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
-    add_mmdetection_argument(parser)
+    add_step_arguments(parser)
     main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'train', 2))
