@@ -18,7 +18,6 @@ from mmdet.utils.env import keep_memory
 
 def op_parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags of a benchmark of an op."""
-    keep_memory()
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
@@ -31,6 +30,7 @@ def time_in_turns(
     functions: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds on the clock and of CPU time in each round, after one that does not count."""
+    keep_memory()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():

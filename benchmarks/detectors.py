@@ -14,6 +14,8 @@ from torchvision.ops import box_iou
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs' / 'gcnet'
+PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
+IMAGES = dict(train=2, test=1)  # a step, if --batch says nothing
 NUM_CLASSES = 80
 
 
@@ -77,8 +79,8 @@ def build_detector(config: str, size: int) -> tuple[Any, Any]:
     return cfg, model
 
 
-def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int, number: int) -> dict[str, Any]:
-    """The first ``number`` images whose short side became ``size``, not limited by the long side."""
+def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """The first images whose short side became ``size``, not limited by the long side."""
     from mmengine.dataset import pseudo_collate
 
     from mmdet.registry import DATASETS
@@ -86,15 +88,15 @@ def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int, number:
     dataset = DATASETS.build(dict(cfg[f'{part}_dataloader'].dataset, data_root=str(args.data)))
     items = (dataset[i] for i in range(len(dataset)))
     fitting = (item for item in items if min(item['inputs'].shape[1:]) == size)
-    return pseudo_collate([item for item, _ in zip(fitting, range(number))])
+    return pseudo_collate([item for item, _ in zip(fitting, range(args.batch or IMAGES[part]))])
 
 
-def mmdetection_command(args: argparse.Namespace, case: str, part: str, batch: int) -> dict[str, list[str]]:
+def mmdetection_command(args: argparse.Namespace, case: str, part: str) -> dict[str, list[str]]:
     """The command of the peer mmdetection, and the file that tells it weights and images; none without it."""
     if not args.mmdetection:
         return {}
-    cfg, model = build_detector('mask_rcnn_r50_fpn_1x.py', int(case))
-    loaded = load_batch(cfg, part, args, int(case), args.batch or batch)
+    cfg, model = build_detector(PLAIN, int(case))
+    loaded = load_batch(cfg, part, args, int(case))
     samples = [{k: v for k, v in vars(s).items() if v is not None} for s in loaded['data_samples']]
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)

@@ -7,11 +7,14 @@ torchvision's masks are thresholded but not encoded; ours are COCO RLE.
 
 import argparse
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
+    CONTEXT,
+    PLAIN,
     add_data_arguments,
     add_step_arguments,
     agreement,
@@ -23,8 +26,6 @@ from detectors import (
     torchvision_images,
 )
 
-PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
-
 
 def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
     from mmdet.utils.env import setup_cpu
@@ -32,7 +33,7 @@ def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> S
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
     model.eval().to(args.device)
-    batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
+    batch = load_batch(cfg, 'test', args, int(args.case))
 
     @torch.no_grad()
     def step() -> Any:
@@ -55,7 +56,7 @@ def bfloat16(args: argparse.Namespace) -> Step:
 def torchvision(args: argparse.Namespace) -> Step:
     cfg, model = build_detector(PLAIN, int(args.case))
     peer = build_torchvision(model, int(args.case)).eval().to(args.device)
-    batch = load_batch(cfg, 'test', args, int(args.case), args.batch or 1)
+    batch = load_batch(cfg, 'test', args, int(args.case))
 
     @torch.no_grad()
     def step() -> Any:
@@ -83,4 +84,4 @@ if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
     add_step_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'test', 1))
+    main(parser, PEERS, ['800', '256'], agree, partial(mmdetection_command, part='test'))

@@ -7,11 +7,14 @@ Each step is on the same batch. The samplers draw at random, so that losses agre
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
+    CONTEXT,
+    PLAIN,
     add_data_arguments,
     add_step_arguments,
     autocast,
@@ -23,8 +26,6 @@ from detectors import (
 )
 from torch import Tensor, nn
 
-PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
-
 
 def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
     from mmdet.utils.env import setup_cpu
@@ -32,7 +33,7 @@ def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> S
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
     model.to(args.device)
-    batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
+    batch = load_batch(cfg, 'train', args, int(args.case))
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
 
     def losses() -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ def bfloat16(args: argparse.Namespace) -> Step:
 def torchvision(args: argparse.Namespace) -> Step:
     cfg, model = build_detector(PLAIN, int(args.case))
     peer = build_torchvision(model, int(args.case)).to(args.device)
-    batch = load_batch(cfg, 'train', args, int(args.case), args.batch or 2)
+    batch = load_batch(cfg, 'train', args, int(args.case))
     samples = [s.to(args.device) for s in batch['data_samples']]
     targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=s.masks) for s in samples]
 
@@ -89,4 +90,4 @@ if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
     add_step_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree, lambda args, case: mmdetection_command(args, case, 'train', 2))
+    main(parser, PEERS, ['800', '256'], agree, partial(mmdetection_command, part='train'))

@@ -191,7 +191,6 @@ def interleave(parts: list[list[Any]]) -> list[Any]:
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-
 def iou_types(results: list[dict[str, Any]]) -> list[str]:
     """The kinds of records that the predictions can be turned into."""
     with_masks = results and all('masks' in prediction for prediction in results)

@@ -58,7 +58,9 @@ class DetDataPreprocessor(nn.Module):
         batch_shape = (max(s.pad_shape[0] for s in samples), max(s.pad_shape[1] for s in samples))
         # GPUs are made for channels last; on the CPU 3x3 convolutions then round several times more.
         layout = torch.channels_last if self.mean.is_cuda else torch.contiguous_format
-        batch = self.mean.new_zeros(len(images), 3, *batch_shape).contiguous(memory_format=layout)
+        batch = torch.empty(
+            len(images), 3, *batch_shape, dtype=self.mean.dtype, device=self.mean.device,
+            memory_format=layout).zero_()
         for padded, image, sample in zip(batch, images, samples):
             sample.batch_shape = batch_shape
             image = image.to(self.mean.device, non_blocking=True).to(self.mean.dtype)

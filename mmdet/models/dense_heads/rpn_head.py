@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet.models.task_modules.anchor_generator import grid_cells
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig
 from mmdet.ops import batched_nms, multilevel_roi_align
 from mmdet.registry import MODELS, TASK_UTILS
@@ -88,13 +89,8 @@ class RPNHead(nn.Module):
         A loss concerns a few hundred of some 100,000 anchors, but the gradient of a convolution of whole maps
         would cost as much as that of all.
         """
-        corners, levels = [], []
-        for i, level in enumerate(features):
-            height, width = level.shape[2:]
-            x, y = (torch.arange(n, device=level.device, dtype=torch.float32) for n in (width, height))
-            grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=2)
-            corners.append(grid.flatten(0, 1))
-            levels.append(torch.full((height * width,), i, device=level.device))
+        corners = [grid_cells(level, torch.float32) for level in features]
+        levels = [torch.full((len(c),), i, device=c.device) for i, c in enumerate(corners)]
         num_anchors = self.anchor_generator.num_anchors
         cell, kind = anchor // num_anchors, anchor % num_anchors
         # RoIAlign of three by three cells with one sample in the middle of each gives them as they are.

@@ -8,6 +8,13 @@ from torch import Tensor
 from mmdet.registry import TASK_UTILS
 
 
+def grid_cells(level: Tensor, dtype: torch.dtype) -> Tensor:
+    """Column and row (H * W, 2) of each cell of a level (N, C, H, W), row by row."""
+    height, width = level.shape[2:]
+    x, y = (torch.arange(n, device=level.device, dtype=dtype) for n in (width, height))
+    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=2).flatten(0, 1)
+
+
 @TASK_UTILS.register_module()
 class AnchorGenerator:
     """Anchors of each size and shape, centred on the top left corner of every cell.
@@ -42,12 +49,9 @@ class AnchorGenerator:
             raise ValueError(f'anchor_generator.strides={self.strides} does not fit {len(features)} levels')
         anchors = []
         for stride, level in zip(self.strides, features):
-            height, width = level.shape[2:]
             base = self.base_anchors(stride).to(level.device, dtype)
-            x = torch.arange(width, device=level.device, dtype=dtype) * stride
-            y = torch.arange(height, device=level.device, dtype=dtype) * stride
-            shift = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)] * 2, dim=-1)
-            anchors.append((shift.reshape(-1, 1, 4) + base).view(-1, 4))
+            shift = (grid_cells(level, dtype) * stride).repeat(1, 2)
+            anchors.append((shift[:, None] + base).view(-1, 4))
         return anchors
 
     def valid_flags(self, features: list[Tensor], pad_shape: tuple[int, int]) -> Tensor:
