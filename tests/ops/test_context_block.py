@@ -76,6 +76,23 @@ def test_channels_last_and_many_tiles(device, dtype, layout, shape):
     assert_same(context_fuse, eager_fuse, [x, None, shift, identity], tolerance_of(dtype))
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype, channels', [(torch.float32, 1030), (torch.float64, 515)])
+def test_maps_larger_than_the_cache(device, dtype, channels, layout):
+    """Of more than 32 MB, which are fetched and written in other ways; with rows that vectors do not fill."""
+    x, identity = torch.randn(2, 1, channels, 91, 95).to(device, dtype)
+    assert x.nbytes > 32 << 20
+    x, identity = (part.contiguous(memory_format=layout) for part in (x, identity))
+    weight, bias = torch.randn(channels).to(device, dtype) / channels**0.5, torch.zeros(1).to(device, dtype)
+    assert_same(lambda x, w: pool(x, w, bias), lambda x, w: eager_pool(x, w, bias.cpu().double()),
+                [x, weight], tolerance_of(dtype))
+    scale, shift = torch.randn(2, 1, channels).to(device, dtype)
+    assert_same(context_fuse, eager_fuse, [x, scale, shift, identity], tolerance_of(dtype))
+    x, identity, shift = x.round(), identity.round(), shift.round()  # no rounding moves the sign
+    assert_same(lambda *args: context_fuse(*args, relu=True), lambda *args: eager_fuse(*args, relu=True),
+                [x, None, shift, identity], tolerance_of(dtype))
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_no_weight_is_the_mean(device, dtype):
     x = torch.randn(2, 17, 33, 65).to(device, dtype)

@@ -7,6 +7,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
+
+#ifdef CPU_CAPABILITY_AVX2
+#include <immintrin.h>
+#endif
 
 #include "../context_block.h"
 
@@ -15,9 +20,10 @@ namespace mmdet {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-constexpr int64_t kTileBytes = 768 << 10;           // most of a second-level cache
-constexpr int64_t kMinWidth = 16, kMaxWidth = 512;  // positions of a tile
-constexpr int64_t kBlock = 256;                     // channels whose partial sums are added side by side
+constexpr int64_t kTileBytes = 1536 << 10;           // all of a second-level cache, and some of the last
+constexpr int64_t kMinWidth = 16, kMaxWidth = 1024;  // positions of a tile
+constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
+constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
 
 inline int64_t rows_per_task(int64_t row_size) {
   return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, row_size));
@@ -36,24 +42,53 @@ inline void for_vectors(int64_t size, const F& body) {
   }
 }
 
+// Whether a map comes from and goes to memory, whatever is done with it.
+inline bool exceeds_cache(const at::Tensor& map) {
+  return static_cast<int64_t>(map.nbytes()) > kCacheBytes;
+}
+
+// Streamed: past the caches, which then need not read the old content first.
+template <typename T>
+inline void store(const Vec<T>& v, T* to, int64_t count, [[maybe_unused]] bool stream) {
+#ifdef CPU_CAPABILITY_AVX2
+  if (stream && count == Vec<T>::size() && reinterpret_cast<uintptr_t>(to) % sizeof(v) == 0) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(v));
+    return;
+  }
+#endif
+  v.store(to, count);
+}
+
+// at::parallel_for; what its threads streamed is visible after it.
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    body(begin, end);
+#ifdef CPU_CAPABILITY_AVX2
+    _mm_sfence();
+#endif
+  });
+}
+
 template <typename T>
 inline T sum_lanes(const Vec<T>& v) {
   return at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, v);
 }
 
 // A map (N, C, P) or, channels_last, (N, P, C), in tiles: runs of `width` positions with all their channels, which stay
-// in the second-level cache.
+// in the cache.
 struct Map {
   int64_t images, channels, area, width, tiles;
-  bool channels_last;
+  bool channels_last, large;
 
-  Map(const at::Tensor& x, int64_t element_size)
+  explicit Map(const at::Tensor& x)
       : images(x.size(0)),
         channels(x.size(1)),
         area(x.size(2) * x.size(3)),
-        width(std::clamp(kTileBytes / (std::max<int64_t>(channels, 1) * element_size) / 16 * 16, kMinWidth, kMaxWidth)),
+        width(std::clamp(kTileBytes / (std::max<int64_t>(channels, 1) * x.element_size()) / 16 * 16, kMinWidth, kMaxWidth)),
         tiles((area + width - 1) / width),
-        channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast) {}
+        channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast),
+        large(exceeds_cache(x)) {}
 };
 
 struct Tile {
@@ -72,7 +107,7 @@ struct Tile {
 
 template <typename F>
 void for_tiles(const Map& map, const F& body) {
-  at::parallel_for(0, map.images * map.tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(map.images * map.tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       body(Tile(map, i));
     }

@@ -38,13 +38,14 @@ at::Tensor context_fuse(
     const scalar_t *pa = add.const_data_ptr<scalar_t>(), *pi = identity ? other.const_data_ptr<scalar_t>() : nullptr;
     scalar_t* out = output.mutable_data_ptr<scalar_t>();
     const V lowest(relu ? scalar_t(0) : -std::numeric_limits<scalar_t>::infinity());
+    const bool stream = exceeds_cache(output);
     const auto fuse = [&](int64_t i, int64_t n, const V& m, const V& a) {
       auto sum = at::vec::fmadd(V::loadu(px + i, n), m, a);
       sum = pi ? sum + V::loadu(pi + i, n) : sum;
-      at::vec::maximum(sum, lowest).store(out + i, n);
+      store(at::vec::maximum(sum, lowest), out + i, n, stream);
     };
     if (layout == at::MemoryFormat::ChannelsLast) {
-      at::parallel_for(0, images * area, rows_per_task(channels), [&](int64_t begin, int64_t end) {
+      parallel_for(images * area, rows_per_task(channels), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t image = row / area * channels;
           for_vectors<scalar_t>(channels, [&](int64_t i, int64_t n) {
@@ -53,7 +54,7 @@ at::Tensor context_fuse(
         }
       });
     } else {
-      at::parallel_for(0, images * channels, rows_per_task(area), [&](int64_t begin, int64_t end) {
+      parallel_for(images * channels, rows_per_task(area), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const V m(pm[row]), a(pa[row]);
           for_vectors<scalar_t>(area, [&](int64_t i, int64_t n) { fuse(row * area + i, n, m, a); });
@@ -87,21 +88,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
     const scalar_t *py = output ? y.const_data_ptr<scalar_t>() : nullptr, *pm = mul.const_data_ptr<scalar_t>();
     scalar_t *out_x = grad_x.mutable_data_ptr<scalar_t>(), *out_masked = masked.mutable_data_ptr<scalar_t>();
     scalar_t *out_scale = grad_scale.mutable_data_ptr<scalar_t>(), *out_shift = grad_shift.mutable_data_ptr<scalar_t>();
+    const bool stream = exceeds_cache(g);
     const auto step = [&](int64_t i, int64_t n, const V& m, V& sum, V& dot) {
       const V zero(scalar_t(0));
       V value = V::loadu(pg + i, n);
       if (py) {
         value = V::blendv(zero, value, V::loadu(py + i, n) > zero);
-        value.store(out_masked + i, n);
+        store(value, out_masked + i, n, stream);
       }
       if (px) {
         dot = at::vec::fmadd(value, V::loadu(px + i, n), dot);
-        (value * m).store(out_x + i, n);
+        store<scalar_t>(value * m, out_x + i, n, stream);
       }
       sum = sum + value;
     };
     if (layout == at::MemoryFormat::ChannelsLast) {
-      const Map map(g, g.element_size());
+      const Map map(g);
       std::vector<scalar_t> sums(images * map.tiles * channels), dots(x ? sums.size() : 0);
       for_tiles(map, [&](const Tile& tile) {
         const scalar_t* m = pm + tile.image * channels;
@@ -123,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
         sum_parts(dots.data(), images, map.tiles, channels, one, out_scale);
       }
     } else {
-      at::parallel_for(0, images * channels, rows_per_task(area), [&](int64_t begin, int64_t end) {
+      parallel_for(images * channels, rows_per_task(area), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           double total_sum = 0, total_dot = 0;
           for (int64_t first = 0; first < area; first += kRun) {

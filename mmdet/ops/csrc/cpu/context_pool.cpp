@@ -20,13 +20,21 @@ namespace {
 constexpr int64_t kAhead = 32;  // rows
 constexpr int64_t kLine = 64;  // bytes
 
-// output[i] = row i . v
 template <typename T>
-void dot_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output) {
+inline void prefetch(const T* data, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
+    __builtin_prefetch(data + i, 0, 2);  // into the second level
+  }
+}
+
+// output[i] = row i . v, fetching `ahead` elements behind each row
+template <typename T>
+void dot_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, int64_t ahead = 0) {
   constexpr int64_t chains = 4, step = Vec<T>::size();
   for (int64_t row = 0; row < count; ++row) {
     const T* data = rows + row * stride;
     std::array<Vec<T>, chains> sums{};
+    prefetch(data + size, ahead);
     int64_t i = 0;
     for (; i + chains * step <= size; i += chains * step) {
       for (int64_t k = 0; k < chains; ++k) {
@@ -63,9 +71,7 @@ void add_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const 
       factors[k] = Vec<T>(v[first + k]);
       // Rows that lie apart are short, and the hardware does not foresee where the next ones begin.
       if (stride > size && first + k + kAhead < count) {
-        for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
-          __builtin_prefetch(row + (k + kAhead) * stride + i, 0, 2);  // into the second level: the tile stays there
-        }
+        prefetch(row + (k + kAhead) * stride, size);
       }
     }
     for_vectors<T>(size, [&](int64_t i, int64_t n) {
@@ -80,12 +86,12 @@ void add_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const 
 
 // output = input (zeros without) + a u + b v
 template <typename T>
-void add_vectors(const T* input, int64_t size, T a, const T* u, T b, const T* v, T* output) {
+void add_vectors(const T* input, int64_t size, T a, const T* u, T b, const T* v, T* output, bool stream) {
   const Vec<T> factor_u(a), factor_v(b);
   for_vectors<T>(size, [&](int64_t i, int64_t n) {
     const auto start = input ? Vec<T>::loadu(input + i, n) : Vec<T>(T(0));
     const auto sum = at::vec::fmadd(factor_u, Vec<T>::loadu(u + i, n), start);
-    at::vec::fmadd(factor_v, Vec<T>::loadu(v + i, n), sum).store(output + i, n);
+    store(at::vec::fmadd(factor_v, Vec<T>::loadu(v + i, n), sum), output + i, n, stream);
   });
 }
 
@@ -105,7 +111,8 @@ void sum_positions(const Tile& tile, const T* x, const T* weight, T* output) {
   if (tile.map.channels_last) {
     add_rows(x + tile.offset, tile.width, tile.stride, tile.map.channels, weight, output);
   } else {
-    dot_rows(x + tile.offset, tile.map.channels, tile.stride, tile.width, weight, output);
+    const int64_t next = std::min(tile.map.width, tile.map.area - tile.first - tile.width);  // the next tile's width
+    dot_rows(x + tile.offset, tile.map.channels, tile.stride, tile.width, weight, output, tile.map.large ? next : 0);
   }
 }
 
@@ -114,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool(const at::Tensor& x, const at::T
   check_context_pool(x, weight, bias);
   const auto type = compute_type(x);
   const auto features = x.to(type).contiguous(layout_of(x)), w = weight.to(type).contiguous();
-  const Map map(features, features.element_size());
+  const Map map(features);
   auto attention = at::empty({map.images, map.area}, features.options());
   auto context = at::empty({map.images, map.channels}, features.options());
   AT_DISPATCH_FLOATING_TYPES(type, "context_pool", [&] {
@@ -166,7 +173,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
   const auto features = x.to(type).contiguous(layout), w = weight.to(type).contiguous();
   const auto g = grad.to(type).contiguous(), c = context.contiguous(), a = attention.contiguous();
   const auto outer = grad_map ? grad_map->to(type).contiguous(layout) : at::Tensor();
-  const Map map(features, features.element_size());
+  const Map map(features);
   auto grad_logits = at::empty_like(a);
   auto grad_x = at::empty(x.sizes(), features.options().memory_format(layout));
   auto grad_weight = at::empty(weight.sizes(), w.options());
@@ -195,14 +202,14 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
     });
     // Rows as in memory: channels, or positions where the layout is channels_last.
     const int64_t rows = map.channels_last ? map.area : map.channels, size = map.channels_last ? map.channels : map.area;
-    at::parallel_for(0, map.images * rows, rows_per_task(size), [&](int64_t begin, int64_t end) {
+    parallel_for(map.images * rows, rows_per_task(size), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t image = i / rows * size;
         const scalar_t* input = po ? po + i * size : nullptr;
         if (map.channels_last) {
-          add_vectors(input, size, pa[i], pg + image, pl[i], pw, out + i * size);
+          add_vectors(input, size, pa[i], pg + image, pl[i], pw, out + i * size, map.large);
         } else {
-          add_vectors(input, size, pg[i], pa + image, pw[i % rows], pl + image, out + i * size);
+          add_vectors(input, size, pg[i], pa + image, pw[i % rows], pl + image, out + i * size, map.large);
         }
       }
     });
