@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.task_modules.anchor_generator import grid_cells
+from mmdet.models.task_modules.assigner import IGNORED
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig
 from mmdet.ops import batched_nms, multilevel_roi_align
 from mmdet.registry import MODELS, TASK_UTILS
@@ -122,11 +123,11 @@ class RPNHead(nn.Module):
             valid = (
                 valid & (anchors[:, :2] >= -border).all(dim=1)
                 & (anchors[:, 2] < width + border) & (anchors[:, 3] < height + border))
-        # Only among these is an anchor an object's best: one near the border keeps a positive.
-        index = valid.nonzero()[:, 0]
-        assigned = self.assigner.assign(anchors[index], sample.boxes, sample.ignored_boxes)
-        positive, negative = self.sampler.sample(assigned)
-        return index[positive], index[negative], assigned[positive]
+        # An invalid anchor overlaps nothing, lest it be the best of an object near the border.
+        assigned = self.assigner.assign(
+            torch.where(valid[:, None], anchors, 0), sample.boxes, sample.ignored_boxes)
+        positive, negative = self.sampler.sample(torch.where(valid, assigned, IGNORED))
+        return positive, negative, assigned[positive]
 
     def _propose(
         self,
@@ -148,7 +149,7 @@ class RPNHead(nn.Module):
                 scores.append(best)
                 levels.append(torch.full_like(index, level))
             all_boxes, all_scores, all_levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-            large = ((all_boxes[:, 2:] - all_boxes[:, :2]) > cfg['min_bbox_size']).all(dim=1)
+            large = ((all_boxes[:, 2:] - all_boxes[:, :2]) > cfg['min_bbox_size']).all(dim=1).nonzero()[:, 0]
             all_boxes, all_scores, all_levels = all_boxes[large], all_scores[large], all_levels[large]
             keep = batched_nms(all_boxes, all_scores, all_levels, cfg['nms']['iou_threshold'])
             keep = keep[:cfg['max_per_img']]

@@ -3,6 +3,7 @@
 ``K`` RoIs, ``P`` positive ones; class ``num_classes`` is background.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,17 +86,23 @@ class ConvFCBBoxHead(nn.Module):
         ``logits`` and ``deltas`` are what :meth:`forward` gave for the sampled RoIs of all images.
         """
         labels = torch.cat([s.labels for s in sampled])
-        positive = (labels < self.num_classes).nonzero()[:, 0]
+
+        def positives(rows: Sequence[Tensor]) -> Tensor:
+            """They come first in each image, and are known by number: to look for them makes a GPU wait."""
+            return torch.cat([part[:len(s.matched)] for part, s in zip(rows, sampled)])
+
         targets = self.bbox_coder.encode(
-            torch.cat([s.boxes for s in sampled])[positive],
+            positives([s.boxes for s in sampled]),
             torch.cat([sample.boxes[s.matched] for s, sample in zip(sampled, samples)]))
-        deltas, columns = self._of_class(deltas, labels[positive])
+        deltas, columns = self._of_class(
+            positives(deltas.split([len(s.labels) for s in sampled])), positives([s.labels for s in sampled]))
+        row = torch.arange(len(columns), device=columns.device)
         # Both losses are divided by all RoIs: a batch of few objects should not weigh them more.
         num_rois = max(len(labels), 1)
         correct = logits.argmax(dim=1) == labels
         return dict(
             loss_cls=self.loss_cls(logits, labels, num_rois),
-            loss_bbox=self.loss_bbox(deltas[positive, columns], targets, num_rois),
+            loss_bbox=self.loss_bbox(deltas[row, columns], targets, num_rois),
             acc=correct.sum() * 100.0 / num_rois)
 
     def refine(

@@ -52,7 +52,7 @@ def test_four_convolutions_and_one_layer() -> None:
 @pytest.mark.parametrize('agnostic', [False, True])
 def test_losses_written_out(make_sample: Callable, agnostic: bool) -> None:
     head = make_head(reg_class_agnostic=agnostic)
-    boxes, labels = random_boxes(8), torch.tensor([2, 0, 5, 4, 5, 5, 2, 5])
+    boxes, labels = random_boxes(8), torch.tensor([2, 0, 4, 5, 5, 2, 5, 5])
     gt_boxes = boxes[labels < 5] + torch.randn(4, 4)
     logits, deltas = torch.randn(8, 6), torch.randn(8, 4 if agnostic else 20)
     # Two images, the objects of the first in another order than its RoIs.
