@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
             out = self.context_block(out)
         out = self.conv2(out)
         if self.context_at == 'after_conv2':
-            return self.context_block(self.bn2(out), identity, relu=True)
+            return self.context_block(out, identity, relu=True, norm=self.bn2)
         if self.context_at == 'after_add':
             return self.context_block(self.bn2(out) + identity, relu=True)
         return norm_relu(self.bn2, out, identity)
@@ -108,7 +108,7 @@ class Bottleneck(nn.Module):
             out = self.context_block(out)
         out = self.conv3(out)
         if self.context_at == 'after_conv3':
-            return self.context_block(self.bn3(out), identity, relu=True)
+            return self.context_block(out, identity, relu=True, norm=self.bn3)
         if self.context_at == 'after_add':
             return self.context_block(self.bn3(out) + identity, relu=True)
         return norm_relu(self.bn3, out, identity)

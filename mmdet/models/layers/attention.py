@@ -22,8 +22,11 @@ class NonLocal(nn.Module):
         self.conv_out = nn.Conv2d(planes, channels, 1)
         _start_at_zero(self.conv_out)
 
-    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
-        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
+    def forward(
+        self, x: Tensor, identity: Tensor | None = None, relu: bool = False, norm: nn.Module | None = None
+    ) -> Tensor:
+        """(N, C, H, W) to the same shape; ``norm`` comes first, ``identity`` is added, and a ReLU last."""
+        x = x if norm is None else norm(x)
         query, key, value = (conv(x).flatten(2) for conv in (self.theta, self.phi, self.g))
         attention = (query.transpose(1, 2) @ key).softmax(dim=2)
         context = (attention @ value.transpose(1, 2)).transpose(1, 2)
@@ -43,8 +46,11 @@ class SimplifiedNonLocal(nn.Module):
         self.conv_value = nn.Conv2d(channels, channels, 1)
         _start_at_zero(self.conv_value)
 
-    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
-        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
+    def forward(
+        self, x: Tensor, identity: Tensor | None = None, relu: bool = False, norm: nn.Module | None = None
+    ) -> Tensor:
+        """(N, C, H, W) to the same shape; ``norm`` comes first, ``identity`` is added, and a ReLU last."""
+        x = x if norm is None else norm(x)
         assert self.conv_mask.bias is not None
         context, x = context_pool(x, self.conv_mask.weight.flatten(), self.conv_mask.bias)
         shift = self.conv_value(context[:, :, None, None]).flatten(1)
@@ -60,8 +66,11 @@ class SqueezeExcitation(nn.Module):
         self.fc1 = nn.Linear(channels, planes)
         self.fc2 = nn.Linear(planes, channels)
 
-    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
-        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it."""
+    def forward(
+        self, x: Tensor, identity: Tensor | None = None, relu: bool = False, norm: nn.Module | None = None
+    ) -> Tensor:
+        """(N, C, H, W) to the same shape; ``norm`` comes first, ``identity`` is added, and a ReLU last."""
+        x = x if norm is None else norm(x)
         context, x = context_pool(x)
         return context_fuse(x, torch.sigmoid(self.fc2(self.fc1(context).relu())), None, identity, relu)
 

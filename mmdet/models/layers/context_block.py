@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
+from mmdet.models.layers.norm import affine_of
 from mmdet.ops import context_fuse, context_pool
 
 
@@ -96,17 +97,33 @@ class ContextBlock(nn.Module):
         self.channel_add_conv = _transform(channels, planes) if 'channel_add' in fusion_types else None
         self.channel_mul_conv = _transform(channels, planes) if 'channel_mul' in fusion_types else None
 
-    def forward(self, x: Tensor, identity: Tensor | None = None, relu: bool = False) -> Tensor:
-        """(N, C, H, W) to the same shape; with ``identity`` added and a ReLU after it, in the same pass."""
+    def forward(
+        self, x: Tensor, identity: Tensor | None = None, relu: bool = False, norm: nn.Module | None = None
+    ) -> Tensor:
+        """(N, C, H, W) to the same shape, by a pass that pools and one that does all the rest.
+
+        With ``norm`` that comes first, with ``identity`` and ``relu`` a residual addition and a ReLU last.
+        A batch norm in eval mode costs no pass and keeps no map for the backward pass.
+        """
+        affine = affine_of(norm) if norm is not None else None
+        if norm is not None and affine is None:
+            x = norm(x)
+        weight = bias = scale = shift = None
         if self.conv_mask is not None:
-            context, x = context_pool(x, self.conv_mask.weight.flatten(), _bias(self.conv_mask))
-        else:
-            context, x = context_pool(x)
-        scale = shift = None
+            weight, bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
+            # The norm's shift adds the same to all logits, which changes no softmax.
+            weight = weight if affine is None else weight * affine[0]
+        context, x = context_pool(x, weight, bias)
+        if affine is not None:
+            context = context * affine[0] + affine[1]
         if self.channel_mul_conv is not None:
             scale = _apply(self.channel_mul_conv, context).sigmoid()
         if self.channel_add_conv is not None:
             shift = _apply(self.channel_add_conv, context)
+        if affine is not None:
+            gate = torch.ones_like(context) if scale is None else scale
+            scale = gate * affine[0]
+            shift = gate * affine[1] if shift is None else gate * affine[1] + shift
         return context_fuse(x, scale, shift, identity, relu)
 
 

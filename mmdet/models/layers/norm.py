@@ -40,16 +40,24 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return layer.requires_grad_(cfg.get('requires_grad', True))
 
 
-def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode."""
+def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift (C,) that a batch norm in eval mode amounts to; None of any other norm."""
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
-        x = norm(x)
-        return F.relu(x if identity is None else x.add_(identity), inplace=True)
+        return None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     # Rounded once, as PyTorch's batch norm does: its results are the same to the last bit.
-    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
-    return context_fuse(x, scale.expand(len(x), -1), shift.expand(len(x), -1), identity, relu=True)
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+
+
+def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode."""
+    affine = affine_of(norm)
+    if affine is None:
+        x = norm(x)
+        return F.relu(x if identity is None else x.add_(identity), inplace=True)
+    scale, shift = (part.expand(len(x), -1) for part in affine)
+    return context_fuse(x, scale, shift, identity, relu=True)
 
 
 def _apex_sync_batch_norm() -> type[nn.Module]:

@@ -155,9 +155,9 @@ def test_where_a_context_block_stands(depth: int, position: str, kind: str) -> N
         torch.testing.assert_close(entered['context_block'], left[last] + shortcut)
         torch.testing.assert_close(left['block'], left['context_block'].relu())
     elif position[-1] == last[-1]:
-        torch.testing.assert_close(entered['context_block'], left[last])
-        # The block adds the shortcut itself; alone it does not.
-        alone = block.context_block(entered['context_block'])
+        torch.testing.assert_close(entered['context_block'], left[f'conv{last[-1]}'])
+        # The block applies the norm and adds the shortcut itself; alone it does not.
+        alone = block.context_block(left[last])
         torch.testing.assert_close(left['block'], (alone + shortcut).relu())
     else:
         torch.testing.assert_close(entered['context_block'], left[f'bn{position[-1]}'].relu())

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdet.models.layers.context_block import ContextBlock, build_context_block
+from mmdet.models.layers.norm import build_norm
 
 
 def eager(block: ContextBlock, x: Tensor) -> Tensor:
@@ -52,6 +53,44 @@ def test_values_and_gradients_are_those_of_plain_pytorch(pooling, fusion) -> Non
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
         rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('norm', [
+    dict(type='BN'), dict(type='SyncBN'), dict(type='BN', requires_grad=False),
+    dict(type='GN', num_groups=4)])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('pooling', ['att', 'avg'])
+@pytest.mark.parametrize('fusion', ['channel_add', 'channel_mul', 'channel_mul channel_add'])
+def test_a_norm_before_it(norm: dict, training: bool, pooling: str, fusion: str) -> None:
+    block, layer = ContextBlock(16, 1 / 4, pooling, fusion.split()).double(), build_norm(norm, 16).double()
+    for tensor in [*block.parameters(), *layer.parameters(), *layer.buffers()]:
+        if tensor.is_floating_point():  # all but a counter
+            torch.nn.init.uniform_(tensor.detach(), 0.5, 1.5)
+    layer.train(training)
+    x, identity, weight = torch.randn(3, 2, 16, 5, 7, dtype=torch.float64)
+    inputs = [x.requires_grad_(), identity.requires_grad_(), *block.parameters()]
+    inputs += [p for p in layer.parameters() if p.requires_grad]
+    found = block(x, identity, relu=True, norm=layer)
+    expected = (eager(block, layer(x)) + identity).relu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
+        rtol=0, atol=1e-11)
+
+
+def test_fixed_batch_norm_keeps_no_map_of_its_own() -> None:
+    block, norm = ContextBlock(16, 1 / 4), build_norm(dict(type='BN'), 16).eval()
+    x, identity = torch.randn(2, 1, 16, 20, 30).requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(x, identity, relu=True, norm=norm)
+    maps = {tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel()}
+    assert maps == {x.data_ptr(), output.data_ptr()}
 
 
 def test_a_new_block_adds_nothing_and_multiplies_by_one_half() -> None:
