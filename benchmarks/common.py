@@ -87,6 +87,26 @@ def serve(prepare: Callable[[], Step], threads: int) -> None:
         print(json.dumps(answer), file=channel, flush=True)
 
 
+def serve_other(
+    build: Callable[[dict[str, Any]], tuple[Any, Any]],
+    steps: dict[str, Callable[[Any, Any, torch.autocast], Step]],
+) -> None:
+    """Be the process of a peer that lives in another environment, from the words of ``other_commands``.
+
+    Args:
+        build: model and batch from the weights, images and samples in the file.
+        steps: 'test' and 'train', which prepare a step of that model and batch.
+    """
+    part, file, threads, device, *amp = sys.argv[1:]
+
+    def prepare() -> Step:
+        model, batch = build(torch.load(file))
+        autocast = torch.autocast(device, torch.bfloat16, enabled=bool(amp))
+        return steps[part](model.to(device), batch, autocast)
+
+    serve(prepare, int(threads))
+
+
 def _time_in_turns(
     commands: dict[str, list[str]], args: argparse.Namespace, env: dict[str, str]
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, Any]]:

@@ -17,6 +17,7 @@ CONFIGS = ROOT / 'configs' / 'gcnet'
 PLAIN, CONTEXT = 'mask_rcnn_r50_fpn_1x.py', 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
 IMAGES = dict(train=2, test=1)  # a step, if --batch says nothing
 NUM_CLASSES = 80
+OTHER = ('mmdetection', 'detectron2')  # mmdetection's package has the name of this project's
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +28,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--amp`` and ``--mmdetection``, a peer whose package has the name of this one."""
+    """``--device``, ``--amp``, and peers that live in environments of their own."""
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast for all peers')
-    parser.add_argument('--mmdetection', metavar='PYTHON', help='Python of an environment with mmdetection 3')
+    for name in OTHER:
+        parser.add_argument(f'--{name}', metavar='PYTHON', help=f'Python of an environment with {name}')
 
 
 def autocast(args: argparse.Namespace, enabled: bool = False) -> torch.autocast:
@@ -91,9 +93,10 @@ def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int) -> dict
     return pseudo_collate([item for item, _ in zip(fitting, range(args.batch or IMAGES[part]))])
 
 
-def mmdetection_command(args: argparse.Namespace, case: str, part: str) -> dict[str, list[str]]:
-    """The command of the peer mmdetection, and the file that tells it weights and images; none without it."""
-    if not args.mmdetection:
+def other_commands(args: argparse.Namespace, case: str, part: str) -> dict[str, list[str]]:
+    """The commands of the peers of other environments; a file tells them weights and images."""
+    pythons = {name: getattr(args, name) for name in OTHER if getattr(args, name)}
+    if not pythons:
         return {}
     cfg, model = build_detector(PLAIN, int(case))
     loaded = load_batch(cfg, part, args, int(case))
@@ -102,9 +105,9 @@ def mmdetection_command(args: argparse.Namespace, case: str, part: str) -> dict[
     atexit.register(shutil.rmtree, folder)
     file = Path(folder) / 'exchange.pt'
     torch.save(dict(state=model.state_dict(), inputs=loaded['inputs'], samples=samples), file)
-    script = Path(__file__).with_name('mmdetection.py')
-    words = [args.mmdetection, str(script), part, str(file), str(args.threads), args.device]
-    return dict(mmdetection=[*words, '--amp'] if args.amp else words)
+    words = [part, str(file), str(args.threads), args.device, *(['--amp'] if args.amp else [])]
+    return {name: [python, str(Path(__file__).with_name(f'peer_{name}.py')), *words]
+            for name, python in pythons.items()}
 
 
 def build_torchvision(model: nn.Module, size: int) -> Any:

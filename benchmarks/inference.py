@@ -14,6 +14,7 @@ import torch
 from common import Peer, Step, common_parser, main
 from detectors import (
     CONTEXT,
+    OTHER,
     PLAIN,
     add_data_arguments,
     add_step_arguments,
@@ -22,17 +23,22 @@ from detectors import (
     build_detector,
     build_torchvision,
     load_batch,
-    mmdetection_command,
+    other_commands,
     torchvision_images,
 )
 
 
-def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
+def plain(
+    args: argparse.Namespace, config: str = PLAIN, amp: bool = False, fold: bool = False
+) -> Step:
+    from mmdet.models.layers.norm import fold_batch_norms
     from mmdet.utils.env import setup_cpu
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
     model.eval().to(args.device)
+    if fold:
+        fold_batch_norms(model)
     batch = load_batch(cfg, 'test', args, int(args.case))
 
     @torch.no_grad()
@@ -49,8 +55,12 @@ def context(args: argparse.Namespace) -> Step:
     return plain(args, CONTEXT)
 
 
+def folded(args: argparse.Namespace) -> Step:
+    return plain(args, fold=True)
+
+
 def bfloat16(args: argparse.Namespace) -> Step:
-    return plain(args, PLAIN, amp=True)
+    return plain(args, amp=True)
 
 
 def torchvision(args: argparse.Namespace) -> Step:
@@ -70,7 +80,7 @@ def torchvision(args: argparse.Namespace) -> Step:
 
 
 def agree(results: dict[str, Any]) -> Iterable[str]:
-    for name in ('torchvision', 'mmdetection', 'bfloat16'):
+    for name in ('torchvision', *OTHER, 'float32, folded', 'bfloat16'):
         if {name, 'float32'} <= results.keys():
             yield f'float32 and {name}: {agreement(results["float32"], results[name])}'
     counts = {name: [len(image['labels']) for image in found] for name, found in results.items()}
@@ -78,10 +88,11 @@ def agree(results: dict[str, Any]) -> Iterable[str]:
 
 
 PEERS: dict[str, Peer] = {
-    'torchvision': torchvision, 'float32': plain, 'float32, GC r4': context, 'bfloat16': bfloat16}
+    'torchvision': torchvision, 'float32': plain, 'float32, folded': folded, 'float32, GC r4': context,
+    'bfloat16': bfloat16}
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
     add_step_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree, partial(mmdetection_command, part='test'))
+    main(parser, PEERS, ['800', '256'], agree, partial(other_commands, part='test'))

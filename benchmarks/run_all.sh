@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run every benchmark: benchmarks/run_all.sh COCO [OUT]
 # COCO is a folder with annotations/, train2017/ and val2017/. The tables and the JSON files go to OUT.
-# MMDETECTION=PYTHON adds mmdetection 3 of that Python's environment as a peer.
+# MMDETECTION=PYTHON and DETECTRON2=PYTHON add peers that live in those Pythons' environments.
 set -euo pipefail
 
 data=$(realpath "${1:?usage: benchmarks/run_all.sh COCO [OUT]}")
@@ -16,13 +16,16 @@ run() {  # SCRIPT NAME [FLAG]...
     "$python" "benchmarks/$1.py" --out "$out/$2.json" "${@:3}" | tee "$out/$2.txt"
 }
 
-for name in context_block roi_align nms masks evaluation; do
+for name in context_block memory roi_align nms masks evaluation; do
     run "$name" "$name"
 done
 run loader loader --data "$data"
-mmdetection=(${MMDETECTION:+--mmdetection "$MMDETECTION"})
-run inference inference --data "$data" "${mmdetection[@]}"
-run train_step train_step_256 --data "$data" --case 256 "${mmdetection[@]}"
+others=(${MMDETECTION:+--mmdetection "$MMDETECTION"} ${DETECTRON2:+--detectron2 "$DETECTRON2"})
+run inference inference --data "$data" "${others[@]}"
+run train_step train_step_256 --data "$data" --case 256 "${others[@]}"
 # A peer's process takes 5 GB and more at 800 pixels: not all at once.
 run train_step train_step_800 --data "$data" --case 800 --rounds 3 --peers torchvision float32 'float32, GC r4'
-run train_step train_step_800_more --data "$data" --case 800 --rounds 3 --peers float32 bfloat16 "${mmdetection[@]}"
+run train_step train_step_800_bfloat16 --data "$data" --case 800 --rounds 3 --peers float32 bfloat16
+if ((${#others[@]})); then
+    run train_step train_step_800_others --data "$data" --case 800 --rounds 3 --peers float32 "${others[@]}"
+fi

@@ -21,7 +21,7 @@ from detectors import (
     build_detector,
     build_torchvision,
     load_batch,
-    mmdetection_command,
+    other_commands,
     torchvision_images,
 )
 from torch import Tensor, nn
@@ -90,4 +90,4 @@ if __name__ == '__main__':
     parser = common_parser(__doc__)
     add_data_arguments(parser)
     add_step_arguments(parser)
-    main(parser, PEERS, ['800', '256'], agree, partial(mmdetection_command, part='train'))
+    main(parser, PEERS, ['800', '256'], agree, partial(other_commands, part='train'))

@@ -15,6 +15,7 @@ from mmdet.checkpoint import load_meta
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
 from mmdet.legacy_2019 import legacy_2019
+from mmdet.models.layers.norm import fold_batch_norms
 from mmdet.utils.config import load_config
 from mmdet.utils.env import setup_cpu
 
@@ -30,6 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--eval_backend', choices=['hotcoco', 'pycocotools'], help='what computes AP')
     parser.add_argument('--allow_partial', action='store_true',
                         help='test although the checkpoint lacks weights, or has others than the model')
+    parser.add_argument('--fuse_conv_bn', action='store_true',
+                        help='fold batch norms into the convolutions before them, which rounds differently')
     add_common_arguments(parser)
     return parser
 
@@ -68,6 +71,9 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = runner.load_checkpoint(args.checkpoint, strict=not args.allow_partial)
     classes = runner.test_dataloader.dataset.metainfo['classes']
     check_classes(checkpoint.get('meta', {}), classes, args.checkpoint)
+    if args.fuse_conv_bn:
+        number = fold_batch_norms(runner.bare_model.eval())
+        runner.logger.info(f'{number} batch norms folded into convolutions')
     runner.test()
 
 

@@ -44,6 +44,16 @@ def test_half_precision_comes_near(run_toy, checkpoint: Path, tmp_path: Path) ->
     torch.testing.assert_close(single, half, rtol=0.05, atol=0.02)
 
 
+def test_folded_batch_norms_give_the_same_up_to_rounding(run_toy, checkpoint: Path, tmp_path: Path) -> None:
+    found = []
+    for flags in ([], ['--fuse-conv-bn']):
+        done = run_toy('tools/test.py', TOY, checkpoint, '--out', 'r.pkl', *flags, **ON_CPU)
+        assert done.returncode == 0, done.stderr
+        assert ('1 batch norms folded into convolutions' in done.stdout + done.stderr) == bool(flags)
+        found.append(torch.tensor(eval((tmp_path / 'r.pkl').read_bytes())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from itertools import pairwise
 from typing import Any, Literal, Required, TypedDict
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from mmengine import dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as CudaFunction
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmdet.ops import context_fuse
 
@@ -160,3 +162,22 @@ def freeze_norm_statistics(module: nn.Module) -> None:
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.eval()
 
+
+def fold_batch_norms(model: nn.Module) -> int:
+    """Scale each convolution by the batch norm in eval mode that follows it, which then does nothing.
+
+    For testing: it saves little, since ``norm_relu`` takes one pass anyhow, and rounds anew. What is no
+    plain ``nn.Conv2d``, such as a deformable convolution, keeps its norm.
+
+    Returns:
+        The number of batch norms that were folded.
+    """
+    folded = 0
+    for parent in model.modules():
+        for (conv_name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
+            if type(conv) is nn.Conv2d and is_batch_norm:
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
+                setattr(parent, norm_name, nn.Identity())
+                folded += 1
+    return folded

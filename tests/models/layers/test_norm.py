@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmdet.models.layers.norm import SyncBatchNorm, build_norm, freeze_norm_statistics, norm_relu
+from mmdet.models.backbones.resnet import ResNet
+from mmdet.models.layers.norm import (
+    SyncBatchNorm,
+    build_norm,
+    fold_batch_norms,
+    freeze_norm_statistics,
+    norm_relu,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 CHANNELS = 5
@@ -240,3 +247,27 @@ def test_norm_and_relu_together(kind: str, training: bool, residual: bool, image
     grads = [torch.autograd.grad(output, inputs, grad) for output in (found, expected)]
     for ours, theirs in zip(*grads):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='SyncBN'), dict(type='GN', num_groups=4)])
+def test_folded_into_convolutions(norm: dict) -> None:
+    """All but that of the deformable convolution; group norm has nothing to fold."""
+    gcb, dcn = dict(ratio=1 / 4), dict(type='DCN')
+    net = ResNet(50, norm_cfg=norm, gcb=gcb, stage_with_gcb=(False, (-1,), False, False),
+                 dcn=dcn, stage_with_dcn=(False, False, False, True))
+    for name, tensor in net.state_dict().items():
+        if name.endswith('running_var'):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith(('running_mean', 'bias')) or 'channel_add_conv' in name:
+            tensor.normal_(std=0.1)
+    net = net.double().eval()
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(x)
+        assert fold_batch_norms(net) == (0 if norm['type'] == 'GN' else 53 - 3)
+        torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
+    assert fold_batch_norms(net) == 0
+
+
+def test_norms_in_training_are_not_folded() -> None:
+    assert fold_batch_norms(ResNet(18, norm_eval=False).train()) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Step, serve
+from common import Step, serve_other
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 from train_step import training_step
@@ -76,11 +76,4 @@ def training(model: Any, batch: dict[str, Any], autocast: torch.autocast) -> Ste
 if __name__ == '__main__':
     root = Path(__file__).resolve().parents[1]
     sys.path = [path for path in sys.path if Path(path).resolve() != root]
-    part, file, threads, device, *amp = sys.argv[1:]
-    make_step = dict(test=inference, train=training)[part]
-
-    def prepare() -> Step:
-        model, batch = build(torch.load(file))
-        return make_step(model.to(device), batch, torch.autocast(device, torch.bfloat16, enabled=bool(amp)))
-
-    serve(prepare, int(threads))
+    serve_other(build, dict(test=inference, train=training))
