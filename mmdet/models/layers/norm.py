@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from itertools import pairwise
-from typing import Any, Literal, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict, TypeGuard
 
 import torch
 import torch.distributed
@@ -42,9 +42,14 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return layer.requires_grad_(cfg.get('requires_grad', True))
 
 
+def _is_fixed(norm: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    """Whether it is a batch norm in eval mode, which scales and shifts by constants."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
+
+
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift (C,) that a batch norm in eval mode amounts to; None of any other norm."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training:
+    if not _is_fixed(norm):
         return None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -175,9 +180,8 @@ def fold_batch_norms(model: nn.Module) -> int:
     folded = 0
     for parent in model.modules():
         for (conv_name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            is_batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
-            if type(conv) is nn.Conv2d and is_batch_norm:
-                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
+            if type(conv) is nn.Conv2d and _is_fixed(norm):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
                 folded += 1
     return folded
