@@ -20,7 +20,7 @@ namespace mmdet {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-constexpr int64_t kTileBytes = 1536 << 10;           // all of a second-level cache, and some of the last
+constexpr int64_t kTileBytes = 1280 << 10;           // all of a second-level cache, and some of the last
 constexpr int64_t kMinWidth = 16, kMaxWidth = 1024;  // positions of a tile
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side

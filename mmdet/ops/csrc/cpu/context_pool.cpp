@@ -17,6 +17,7 @@
 namespace mmdet {
 namespace {
 
+constexpr int kRows = 8;  // read side by side
 constexpr int64_t kAhead = 32;  // rows
 constexpr int64_t kLine = 64;  // bytes
 
@@ -27,44 +28,43 @@ inline void prefetch(const T* data, int64_t size) {
   }
 }
 
-// output[i] = row i . v, fetching `ahead` elements behind each row
-template <typename T>
-void dot_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, int64_t ahead = 0) {
-  constexpr int64_t chains = 4, step = Vec<T>::size();
-  for (int64_t row = 0; row < count; ++row) {
-    const T* data = rows + row * stride;
-    std::array<Vec<T>, chains> sums{};
-    prefetch(data + size, ahead);
-    int64_t i = 0;
-    for (; i + chains * step <= size; i += chains * step) {
-      for (int64_t k = 0; k < chains; ++k) {
-        sums[k] = at::vec::fmadd(Vec<T>::loadu(data + i + k * step), Vec<T>::loadu(v + i + k * step), sums[k]);
-      }
-    }
-    for_vectors<T>(size - i, [&](int64_t j, int64_t n) {
-      sums[0] = at::vec::fmadd(Vec<T>::loadu(data + i + j, n), Vec<T>::loadu(v + i + j, n), sums[0]);
-    });
-    output[row] = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+// body(first, number of rows), the number being a constant; from the last rows to the first if asked.
+template <typename F>
+inline void for_rows(int64_t count, bool backwards, const F& body) {
+  const int64_t blocks = count / kRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    body((backwards ? blocks - 1 - i : i) * kRows, std::integral_constant<int, kRows>());
   }
-}
-
-// body(first, number of rows), the number being a constant.
-template <int kRows, typename F>
-inline void for_rows(int64_t count, const F& body) {
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) {
-    body(i, std::integral_constant<int, kRows>());
-  }
-  for (; i < count; ++i) {
+  for (int64_t i = blocks * kRows; i < count; ++i) {
     body(i, std::integral_constant<int, 1>());
   }
 }
 
+// output[i] = row i . v
+template <typename T>
+void dot_rows(
+    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
+  for_rows(count, backwards, [&](int64_t first, auto number) {
+    const T* row = rows + first * stride;
+    std::array<Vec<T>, number> sums{};
+    for_vectors<T>(size, [&](int64_t i, int64_t n) {
+      const auto factor = Vec<T>::loadu(v + i, n);
+      for (int k = 0; k < number; ++k) {
+        sums[k] = at::vec::fmadd(Vec<T>::loadu(row + k * stride + i, n), factor, sums[k]);
+      }
+    });
+    for (int k = 0; k < number; ++k) {
+      output[first + k] = sum_lanes(sums[k]);
+    }
+  });
+}
+
 // output = sum of v[i] times row i
 template <typename T>
-void add_rows(const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output) {
+void add_rows(
+    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
   std::fill_n(output, size, T(0));
-  for_rows<8>(count, [&](int64_t first, auto number) {
+  for_rows(count, backwards, [&](int64_t first, auto number) {
     const T* row = rows + first * stride;
     std::array<Vec<T>, number> factors;
     for (int k = 0; k < number; ++k) {
@@ -105,14 +105,14 @@ void sum_channels(const Tile& tile, const T* x, const T* weight, T* output) {
   }
 }
 
-// Each channel's sum over the tile's positions of weight times x.
+// Each channel's sum over the tile's positions of weight times x. It comes after sum_channels, and begins with the
+// rows that this read last: of a tile larger than the second-level cache they are still there.
 template <typename T>
 void sum_positions(const Tile& tile, const T* x, const T* weight, T* output) {
   if (tile.map.channels_last) {
-    add_rows(x + tile.offset, tile.width, tile.stride, tile.map.channels, weight, output);
+    add_rows(x + tile.offset, tile.width, tile.stride, tile.map.channels, weight, output, true);
   } else {
-    const int64_t next = std::min(tile.map.width, tile.map.area - tile.first - tile.width);  // the next tile's width
-    dot_rows(x + tile.offset, tile.map.channels, tile.stride, tile.width, weight, output, tile.map.large ? next : 0);
+    dot_rows(x + tile.offset, tile.map.channels, tile.stride, tile.width, weight, output, true);
   }
 }
 
