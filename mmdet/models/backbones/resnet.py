@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdet.models.layers.blocked import blocked, dense
 from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
 from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics, norm_relu
@@ -38,9 +39,11 @@ class BasicBlock(nn.Module):
             raise ValueError("gcb.position='after_conv3': blocks of ResNet-18 and 34 have two convolutions")
         if gcb:
             self.context_block = build_context_block(gcb, planes)
+        self.plain = not gcb
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
+        x = blocked(x, [self.bn1]) if self.plain else dense(x)
         identity = self.downsample(x) if self.downsample is not None else x
         out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
@@ -96,9 +99,11 @@ class Bottleneck(nn.Module):
         if gcb:
             inside = self.context_at in ('after_conv1', 'after_conv2')
             self.context_block = build_context_block(gcb, width if inside else out_channels)
+        self.plain = not gcb and not dcn
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
+        x = blocked(x, [self.bn1]) if self.plain else dense(x)
         identity = self.downsample(x) if self.downsample is not None else x
         out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
@@ -267,5 +272,5 @@ class ResNet(nn.Module):
         for stage in self._stages():
             for block in stage:
                 x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
-            outputs.append(x)
+            outputs.append(dense(x))
         return [outputs[i] for i in self.out_indices]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet.models.layers.blocked import blocked, dense
 from mmdet.models.layers.conv_module import ConvModule
 from mmdet.models.layers.norm import NormConfig
 from mmdet.models.roi_heads.stage import Detections, SampledRoIs
@@ -68,9 +69,11 @@ class ConvFCBBoxHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features to logits (K, num_classes + 1) and deltas (K, 4 * num_classes) or (K, 4)."""
+        if self.shared_convs:
+            x = blocked(x, [conv.bn for conv in self.shared_convs])
         for conv in self.shared_convs:
             x = conv(x)
-        x = x.flatten(1)
+        x = dense(x).flatten(1)
         for fc in self.shared_fcs:
             x = F.relu(fc(x), inplace=True)
         logits, deltas = self.fc_cls(x), self.fc_reg(x)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet.models.layers.blocked import blocked, dense
 from mmdet.models.layers.conv_module import ConvModule
 from mmdet.models.layers.norm import NormConfig
 from mmdet.ops import roi_align
@@ -51,6 +52,7 @@ class FCNMaskHead(nn.Module):
 
         With labels (K,) only the logits of a RoI's own class are computed: (K, 1, 2 * S, 2 * S).
         """
+        x = blocked(x, [layer.bn for layer in self.convs])
         for layer in self.convs:
             x = layer(x)
         deconv, conv = self.upsample, self.conv_logits
@@ -58,7 +60,7 @@ class FCNMaskHead(nn.Module):
         # The deconvolution's kernels don't overlap: each of 4 positions is a 1x1 convolution. What follows
         # treats positions alike, so that only the logits have to be brought into order.
         weight = deconv.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]
-        x = F.relu(F.conv2d(x, weight, deconv.bias.repeat(4)), inplace=True)
+        x = dense(F.relu(F.conv2d(x, weight, deconv.bias.repeat(4)), inplace=True))
         hidden = x.unflatten(1, (4, -1)).flatten(3)
         weight, bias = conv.weight.flatten(1), conv.bias[:, None]
         if labels is not None:
