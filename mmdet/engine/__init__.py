@@ -6,6 +6,7 @@ from mmdet.engine.hooks import (
     CheckpointHook,
     ClassesHook,
     DrawHook,
+    EncodeHook,
     EpochSeedHook,
     LoggerHook,
     LossHook,
@@ -16,5 +17,5 @@ from mmdet.engine.runner import DetectionRunner
 
 __all__ = [
     'AmpOptimWrapper', 'BatchSizeHook', 'CheckpointHook', 'ClassesHook', 'DetectionRunner', 'DrawHook',
-    'EpochSeedHook', 'LoggerHook', 'LossHook', 'PreciseBNHook', 'SyncBuffersHook',
+    'EncodeHook', 'EpochSeedHook', 'LoggerHook', 'LossHook', 'PreciseBNHook', 'SyncBuffersHook',
 ]

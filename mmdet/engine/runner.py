@@ -108,7 +108,8 @@ class DetectionRunner(Runner):
     def register_hooks(self, default_hooks: dict[str, Any] | None = None,
                        custom_hooks: list[Any] | None = None) -> None:
         """The hooks of the config and those that every training needs."""
-        names = ('ClassesHook', 'EpochSeedHook', 'LossHook', 'SyncBuffersHook', 'BatchSizeHook')
+        names = (
+            'ClassesHook', 'EpochSeedHook', 'LossHook', 'SyncBuffersHook', 'BatchSizeHook', 'EncodeHook')
         always = [dict(type=name) for name in names]
         super().register_hooks(default_hooks, always + list(custom_hooks or []))
 

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from terminaltables import AsciiTable
 from torch import Tensor
 
 from mmdet.registry import METRICS
+from mmdet.structures.masks import finished
 from mmdet.utils.env import paused_gc
 
 from .coco_eval import (
@@ -79,18 +81,26 @@ class CocoMetric(BaseMetric):
         self.eval_backend = eval_backend
         self.outfile_prefix = outfile_prefix
         self.out = out
+        self._last: Sequence[dict[str, Any]] = ()
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Keep the predictions of one batch.
+        """Keep the predictions of one batch; if masks are still being encoded, when the next one comes.
 
         Raises:
             ValueError: a box or score is not finite, a box ends before it starts, or masks are
                 asked for and the model gives none.
         """
-        for prediction in data_samples:
+        self._keep()
+        self._last = data_samples
+        if not any(isinstance(prediction.get('masks'), Future) for prediction in data_samples):
+            self._keep()
+
+    def _keep(self) -> None:
+        for prediction in self._last:
             prediction = to_numpy(prediction)
             check_prediction(prediction, with_masks='segm' in self.metrics)
             self.results.append(prediction)
+        self._last = ()
 
     def evaluate(self, size: int) -> dict[str, float]:
         """The numbers, on every process; ``size`` images make up the data set.
@@ -98,6 +108,7 @@ class CocoMetric(BaseMetric):
         Gathers over the network, where mmengine's own way leaves files in the working directory
         and needs it writable and common to all machines.
         """
+        self._keep()
         parts = gather_object(self.results)
         metrics: list[Any] = [None]
         if is_main_process():
@@ -161,7 +172,7 @@ class CocoMetric(BaseMetric):
 def to_numpy(prediction: dict[str, Any]) -> dict[str, Any]:
     """A prediction dict with its tensors as NumPy arrays: boxes and scores float32, labels int64."""
     arrays = {key: value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-              for key, value in prediction.items()}
+              for key, value in finished(prediction).items()}
     return arrays | dict(
         boxes=np.asarray(arrays['boxes'], np.float32).reshape(-1, 4),
         scores=np.asarray(arrays['scores'], np.float32),

@@ -1,5 +1,7 @@
 """Free functions on instance masks: rasterise, crop to RoIs, paste into images, COCO RLE."""
 
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,12 @@ from mmdet import ops
 
 RLE = dict[str, Any]
 """COCO run-length encoding: {'size': [height, width], 'counts': bytes}."""
+
+
+def finished(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction dict with its masks, after waiting for them if they are still being encoded."""
+    masks = prediction.get('masks')
+    return dict(prediction, masks=masks.result()) if isinstance(masks, Future) else dict(prediction)
 
 
 def segmentation_to_rle(segmentation: list[list[float]] | RLE, height: int, width: int) -> RLE:

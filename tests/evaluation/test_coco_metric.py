@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,33 @@ def test_files_alone_need_no_annotation_file(tmp_path):
     metric = build(tmp_path / 'absent.json', metric=[], outfile_prefix=str(tmp_path / 'r'))
     assert evaluate(metric, [prediction(0, with_masks=False)]) == {}
     assert [path.name for path in tmp_path.iterdir()] == ['r.bbox.json']
+
+
+def test_masks_still_being_encoded(ann_file):
+    """They are waited for when the next batch comes, or at the end."""
+    def encoding(i):
+        return prediction(i, masks=Future())
+
+    def finish(item, i):
+        item['masks'].set_result(prediction(i)['masks'])
+
+    expected = evaluate(build(ann_file), [prediction(i) for i in range(3)])
+    metric = build(ann_file)
+    first, second = encoding(0), encoding(1)
+    metric.process(None, [first])
+    assert metric.results == []
+    finish(first, 0)
+    metric.process(None, [second])
+    assert [kept['img_id'] for kept in metric.results] == [first['img_id']]
+    finish(second, 1)
+    metric.process(None, [prediction(2)])
+    assert len(metric.results) == 3
+    assert metric.evaluate(3) == expected
+    failed = encoding(0)
+    failed['masks'].set_exception(RuntimeError('no memory'))
+    metric.process(None, [failed])
+    with pytest.raises(RuntimeError, match='no memory'):
+        metric.evaluate(1)
 
 
 def test_two_processes_write_the_same_bytes(ann_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from mmdet.engine.hooks.checkpoint_hook import CheckpointHook
 from mmdet.engine.hooks.draw_hook import DrawHook
+from mmdet.engine.hooks.encode_hook import EncodeHook
 from mmdet.engine.hooks.logger_hook import LoggerHook
 from mmdet.engine.hooks.precise_bn_hook import PreciseBNHook
 from mmdet.engine.hooks.training_hooks import (
@@ -12,5 +13,5 @@ from mmdet.engine.hooks.training_hooks import (
     SyncBuffersHook,
 )
 
-__all__ = ['BatchSizeHook', 'CheckpointHook', 'ClassesHook', 'DrawHook', 'EpochSeedHook', 'LoggerHook',
-           'LossHook', 'PreciseBNHook', 'SyncBuffersHook']
+__all__ = ['BatchSizeHook', 'CheckpointHook', 'ClassesHook', 'DrawHook', 'EncodeHook', 'EpochSeedHook',
+           'LoggerHook', 'LossHook', 'PreciseBNHook', 'SyncBuffersHook']

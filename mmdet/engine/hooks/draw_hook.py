@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 
 from mmdet.datasets.transforms import LoadImageFromFile
 from mmdet.registry import HOOKS
+from mmdet.structures.masks import finished
 from mmdet.visualization import draw_detections, write_image
 
 
@@ -33,7 +34,7 @@ class DrawHook(Hook):
             ValueError: a picture cannot be written.
         """
         dataset = runner.test_dataloader.dataset
-        for prediction in outputs or []:
+        for prediction in map(finished, outputs or []):
             source = Path(prediction['img_path'])
             image = LoadImageFromFile().transform(dict(img_path=str(source)))['img']
             picture = draw_detections(image, prediction, dataset.metainfo['classes'], self.score_thr,

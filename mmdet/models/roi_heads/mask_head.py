@@ -1,5 +1,6 @@
 """Mask of each RoI (Mask R-CNN, arXiv 1703.06870, figure 4 on the right)."""
 
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class FCNMaskHead(nn.Module):
         num_convs, in_channels, conv_out_channels, norm_cfg: the convolutions.
         num_classes: without background.
         loss_mask: config of the loss.
+
+    What ``paste`` does is left to ``encoder``, where that is set; the masks are futures then.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class FCNMaskHead(nn.Module):
         norm_cfg: NormConfig | None = None,
     ) -> None:
         super().__init__()
+        self.encoder: Executor | None = None
         self.num_classes = num_classes
         self.loss_mask = MODELS.build(loss_mask)
         self.convs = nn.ModuleList()

@@ -80,7 +80,7 @@ def results_of(
 ) -> list[dict[str, Any]]:
     """``boxes``, ``scores`` and ``labels`` of each image, in pixels of the original image.
 
-    With mask heads also ``masks`` (n COCO RLEs), from the mean of the heads' probabilities.
+    With mask heads also ``masks`` (n COCO RLEs, or their future), from the mean of the heads' probabilities.
     """
     results: list[dict[str, Any]] = [
         dict(boxes=d.boxes, scores=d.scores, labels=d.labels) for d in detections]
@@ -89,6 +89,8 @@ def results_of(
         labels = torch.cat([d.labels for d in detections])
         probabilities = torch.stack([h.predict(h(roi_features, labels)) for h in mask_heads]).mean(dim=0)
         per_image = probabilities.split([len(d.boxes) for d in detections])
+        paste, encoder = mask_heads[0].paste, getattr(mask_heads[0], 'encoder', None)
         for result, masks, sample in zip(results, per_image, samples):
-            result['masks'] = mask_heads[0].paste(masks, result['boxes'], sample.ori_shape, mask_threshold)
+            args = masks, result['boxes'], sample.ori_shape, mask_threshold
+            result['masks'] = encoder.submit(paste, *args) if encoder else paste(*args)
     return results
