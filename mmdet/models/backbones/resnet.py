@@ -39,11 +39,11 @@ class BasicBlock(nn.Module):
             raise ValueError("gcb.position='after_conv3': blocks of ResNet-18 and 34 have two convolutions")
         if gcb:
             self.context_block = build_context_block(gcb, planes)
-        self.plain = not gcb
+        self.chained = not gcb
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        x = blocked(x, [self.bn1]) if self.plain else dense(x)
+        x = blocked(x, [self.bn1]) if self.chained else dense(x)
         identity = self.downsample(x) if self.downsample is not None else x
         out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
@@ -99,19 +99,24 @@ class Bottleneck(nn.Module):
         if gcb:
             inside = self.context_at in ('after_conv1', 'after_conv2')
             self.context_block = build_context_block(gcb, width if inside else out_channels)
-        self.plain = not gcb and not dcn
+        self.chained = not dcn and self.context_at in (None, 'after_conv3', 'after_add')
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        x = blocked(x, [self.bn1]) if self.plain else dense(x)
-        identity = self.downsample(x) if self.downsample is not None else x
-        out = norm_relu(self.bn1, self.conv1(x))
+        inner = blocked(x, [self.bn1]) if self.chained else dense(x)
+        identity = x if self.context_at else inner  # which a context block adds in PyTorch's layout
+        if self.downsample is not None:
+            identity = self.downsample(inner)
+        out = norm_relu(self.bn1, self.conv1(inner))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
         out = norm_relu(self.bn2, self.conv2(out))
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
         out = self.conv3(out)
+        if self.context_at is None:
+            return norm_relu(self.bn3, out, identity)
+        out, identity = dense(out), dense(identity)
         if self.context_at == 'after_conv3':
             return self.context_block(out, identity, relu=True, norm=self.bn3)
         if self.context_at == 'after_add':

@@ -5,20 +5,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mmdet.models.layers.norm import is_fixed
+
 
 def blocked(x: Tensor, norms: Iterable[object] = ()) -> Tensor:
-    """``x`` in oneDNN's layout, for a chain of convolutions and ReLUs whose ``norms`` are folded; else dense.
+    """``x`` in oneDNN's layout, if it is computed without gradients, in float32 on the CPU; else dense.
 
-    On the CPU each convolution brings its input into blocks of 16 channels, and its output back. Maps that
-    stay in blocks spare that, and have the same values. Without gradients, in float32.
+    There each convolution brings its input into blocks of 16 channels, and its output back. A chain of
+    convolutions, ReLUs, additions and ``norms`` that keeps its maps in blocks spares that. Values are the
+    same but for batch norm, which rounds otherwise. Norms other than one in eval mode need dense maps.
     """
-    chained = all(norm is None or isinstance(norm, nn.Identity) for norm in norms)
-    if chained and x.is_mkldnn:
-        return x
+    chained = all(norm is None or isinstance(norm, nn.Identity) or is_fixed(norm) for norm in norms)
     fit = x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()
     if chained and fit and not plain and torch.backends.mkldnn.is_available():
-        return x.to_mkldnn()
+        return x if x.is_mkldnn else x.to_mkldnn()
     return dense(x)
 
 

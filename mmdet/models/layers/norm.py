@@ -42,14 +42,14 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return layer.requires_grad_(cfg.get('requires_grad', True))
 
 
-def _is_fixed(norm: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+def is_fixed(norm: object) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
     """Whether it is a batch norm in eval mode, which scales and shifts by constants."""
     return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift (C,) that a batch norm in eval mode amounts to; None of any other norm."""
-    if not _is_fixed(norm):
+    if not is_fixed(norm):
         return None
     assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -58,8 +58,11 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode."""
-    affine = affine_of(norm)
+    """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode.
+
+    Of maps in oneDNN's layout (``blocked``) each has its own pass.
+    """
+    affine = None if x.is_mkldnn else affine_of(norm)
     if affine is None:
         x = norm(x)
         return F.relu(x if identity is None else x.add_(identity), inplace=True)
@@ -171,9 +174,8 @@ def freeze_norm_statistics(module: nn.Module) -> None:
 def fold_batch_norms(model: nn.Module) -> int:
     """Scale each convolution by the batch norm in eval mode that follows it, which then does nothing.
 
-    For testing, since it rounds anew. It saves a pass over the map, and on the CPU lets maps stay in the
-    layout of the convolutions (``blocked``). What is no plain ``nn.Conv2d``, such as a deformable
-    convolution, keeps its norm.
+    For testing: it saves passes over the maps, and rounds anew. What is no plain ``nn.Conv2d``, such as a
+    deformable convolution, keeps its norm.
 
     Returns:
         The number of batch norms that were folded.
@@ -181,7 +183,7 @@ def fold_batch_norms(model: nn.Module) -> int:
     folded = 0
     for parent in model.modules():
         for (conv_name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            if type(conv) is nn.Conv2d and _is_fixed(norm):
+            if type(conv) is nn.Conv2d and is_fixed(norm):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
                 folded += 1

@@ -13,6 +13,7 @@ from mmdet.models.layers.norm import NormConfig, fold_batch_norms
 from mmdet.models.roi_heads.bbox_head import ConvFCBBoxHead
 from mmdet.models.roi_heads.mask_head import FCNMaskHead
 
+GCB: dict[str, Any] = dict(ratio=1 / 4)
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this PyTorch has no oneDNN')
 
 
@@ -31,9 +32,11 @@ def test_left_dense() -> None:
         for other in (x.double(), x.half(), x[:0], x.to('meta')):
             assert blocked(other) is other
         assert blocked(x, [nn.BatchNorm2d(5)]) is x
-        assert not blocked(blocked(x), [nn.BatchNorm2d(5)]).is_mkldnn
+        there = blocked(x, [nn.BatchNorm2d(5).eval()])
+        assert there.is_mkldnn and not blocked(there, [nn.BatchNorm2d(5)]).is_mkldnn
         with torch.autocast('cpu', torch.bfloat16):
             assert blocked(x) is x
+    assert not blocked(there).is_mkldnn
 
 
 def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -53,23 +56,39 @@ def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pyte
     return number
 
 
-@pytest.mark.parametrize('depth, context, deformable, chains', [
-    (50, False, False, 1),
-    (18, False, False, 1),
-    (50, True, False, 2),  # up to the one block with context, and from there on
-    (50, False, True, 1),  # the last stage comes after the chain
-    (50, True, True, 2)])
-def test_backbone(
-    depth: int, context: bool, deformable: bool, chains: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net = ResNet(
-        depth, gcb=dict(ratio=1 / 4), stage_with_gcb=(False, (-1,) if context else False, False, False),
-        dcn=dict(type='DCN') if deformable else None, stage_with_dcn=(False, False, False, deformable),
-        zero_init_residual=False).eval()
+@pytest.mark.parametrize('options, chains', [
+    (dict(depth=50), 1),
+    (dict(depth=18), 1),
+    (dict(depth=18, norm_cfg=dict(type='SyncBN')), 1),
+    (dict(depth=18, norm_cfg=dict(type='GN', num_groups=8)), 0),
+    (dict(depth=18, gcb=GCB, stage_with_gcb=(False, False, (-1,), False)), 2),
+    # The stage that follows, and within it each block but the first, which gets what the last stage leaves.
+    (dict(depth=50, gcb=GCB, stage_with_gcb=(False, True, False, False)), 1 + 3 + 1),
+    (dict(depth=50, gcb=GCB, stage_with_gcb=(False, (1,), False, False)), 1 + 1),
+    (dict(depth=50, gcb=GCB | dict(position='after_add'), stage_with_gcb=(False, (1,), False, False)), 2),
+    (dict(depth=50, gcb=GCB | dict(position='after_conv2'), stage_with_gcb=(True,) * 4), 0),
+    (dict(depth=50, dcn=dict(type='DCN'), stage_with_dcn=(False, True, False, False)), 2),
+    (dict(depth=50, dcn=dict(type='DCN'), stage_with_dcn=(False, False, False, True)), 1)])
+@pytest.mark.parametrize('fold', [False, True])
+def test_backbone(options: dict[str, Any], chains: int, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ResNet(**options, zero_init_residual=False)
+    for name, tensor in net.state_dict().items():
+        if name.endswith('running_var'):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith('running_mean') or 'bn' in name and name.endswith('bias'):
+            tensor.normal_(std=0.1)
+    net.eval()
+    if fold:
+        fold_batch_norms(net)
     x = torch.rand(2, 3, 64, 96)
-    assert count_blocked(net, x, monkeypatch) == 0  # batch norm is not oneDNN's
-    fold_batch_norms(net)
     assert count_blocked(net, x, monkeypatch) == chains
+    features = net(x)  # with gradients
+    assert all(map.requires_grad and not map.is_mkldnn for map in features)
+
+
+def test_trained_batch_norm_needs_dense_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ResNet(18, norm_eval=False, norm_cfg=dict(type='BN', momentum=0)).train()
+    assert count_blocked(net, torch.rand(2, 3, 64, 96), monkeypatch) == 0
 
 
 PARTS: dict[str, Any] = dict(
