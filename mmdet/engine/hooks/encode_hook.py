@@ -13,7 +13,8 @@ from mmdet.registry import HOOKS
 class EncodeHook(Hook):
     """While a data set is tested, encode the masks of a batch in a thread of its own.
 
-    The network goes on with the next batch meanwhile; ``CocoMetric`` lags behind by one.
+    The network goes on with the next batch meanwhile; ``CocoMetric`` lags behind by one. Other metrics and
+    hooks get futures of the masks, for which ``mmdet.structures.masks.finished`` waits.
     """
 
     def before_val(self, runner: Runner) -> None:
