@@ -46,6 +46,19 @@ def build(small_cfg: Config) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def trained() -> Callable[[nn.Module], nn.Module]:
+    """``trained(net)``: the net with other statistics, biases and context blocks than at the start."""
+    def fill(net: nn.Module) -> nn.Module:
+        for name, tensor in net.state_dict().items():
+            if name.endswith('running_var'):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith(('running_mean', 'bias')) or 'channel_add_conv' in name:
+                tensor.normal_(std=0.1)
+        return net
+    return fill
+
+
+@pytest.fixture
 def make_sample() -> Callable[..., DataSample]:
     """``make_sample(boxes, labels, crowd, shape)``: a sample whose masks fill the boxes."""
     def make(boxes: list[list[float]], labels: list[int] | None = None,

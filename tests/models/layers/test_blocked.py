@@ -1,4 +1,5 @@
 """What stays in oneDNN's layout, and that it has the values of PyTorch's."""
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,14 +71,11 @@ def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pyte
     (dict(depth=50, dcn=dict(type='DCN'), stage_with_dcn=(False, True, False, False)), 2),
     (dict(depth=50, dcn=dict(type='DCN'), stage_with_dcn=(False, False, False, True)), 1)])
 @pytest.mark.parametrize('fold', [False, True])
-def test_backbone(options: dict[str, Any], chains: int, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = ResNet(**options, zero_init_residual=False)
-    for name, tensor in net.state_dict().items():
-        if name.endswith('running_var'):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith('running_mean') or 'bn' in name and name.endswith('bias'):
-            tensor.normal_(std=0.1)
-    net.eval()
+def test_backbone(
+    options: dict[str, Any], chains: int, fold: bool, trained: Callable[[nn.Module], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = trained(ResNet(**options, zero_init_residual=False)).eval()
     if fold:
         fold_batch_norms(net)
     x = torch.rand(2, 3, 64, 96)

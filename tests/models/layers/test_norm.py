@@ -250,17 +250,12 @@ def test_norm_and_relu_together(kind: str, training: bool, residual: bool, image
 
 
 @pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='SyncBN'), dict(type='GN', num_groups=4)])
-def test_folded_into_convolutions(norm: dict) -> None:
+def test_folded_into_convolutions(norm: dict, trained: Callable[[nn.Module], nn.Module]) -> None:
     """All but that of the deformable convolution; group norm has nothing to fold."""
     gcb, dcn = dict(ratio=1 / 4), dict(type='DCN')
     net = ResNet(50, norm_cfg=norm, gcb=gcb, stage_with_gcb=(False, (-1,), False, False),
                  dcn=dcn, stage_with_dcn=(False, False, False, True))
-    for name, tensor in net.state_dict().items():
-        if name.endswith('running_var'):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(('running_mean', 'bias')) or 'channel_add_conv' in name:
-            tensor.normal_(std=0.1)
-    net = net.double().eval()
+    net = trained(net).double().eval()
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         expected = net(x)
