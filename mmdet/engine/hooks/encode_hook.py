@@ -18,24 +18,14 @@ class EncodeHook(Hook):
     """
 
     def before_val(self, runner: Runner) -> None:
-        self._start(runner)
-
-    def after_val(self, runner: Runner) -> None:
-        self._stop(runner)
-
-    def before_test(self, runner: Runner) -> None:
-        self._start(runner)
-
-    def after_test(self, runner: Runner) -> None:
-        self._stop(runner)
-
-    def _start(self, runner: Runner) -> None:
         self.encoder = ThreadPoolExecutor(1, 'encode')
         self._set(runner, self.encoder)
 
-    def _stop(self, runner: Runner) -> None:
+    def after_val(self, runner: Runner) -> None:
         self._set(runner, None)
         self.encoder.shutdown()
+
+    before_test, after_test = before_val, after_val
 
     @staticmethod
     def _set(runner: Runner, encoder: ThreadPoolExecutor | None) -> None:

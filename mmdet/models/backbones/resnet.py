@@ -39,11 +39,10 @@ class BasicBlock(nn.Module):
             raise ValueError("gcb.position='after_conv3': blocks of ResNet-18 and 34 have two convolutions")
         if gcb:
             self.context_block = build_context_block(gcb, planes)
-        self.chained = not gcb
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        x = blocked(x, [self.bn1]) if self.chained else dense(x)
+        x = blocked(x, [self.bn1]) if self.context_at is None else dense(x)
         identity = self.downsample(x) if self.downsample is not None else x
         out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
@@ -96,15 +95,15 @@ class Bottleneck(nn.Module):
         self.bn3 = build_norm(norm_cfg, out_channels)
         self.downsample = _downsample(in_channels, out_channels, stride, norm_cfg)
         self.context_at = gcb.get('position', 'after_conv3') if gcb else None
+        inside = self.context_at in ('after_conv1', 'after_conv2')
         if gcb:
-            inside = self.context_at in ('after_conv1', 'after_conv2')
             self.context_block = build_context_block(gcb, width if inside else out_channels)
-        self.chained = not dcn and self.context_at in (None, 'after_conv3', 'after_add')
+        self.chained = not dcn and not inside
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
         inner = blocked(x, [self.bn1]) if self.chained else dense(x)
-        identity = x if self.context_at else inner  # which a context block adds in PyTorch's layout
+        identity = x if self.chained and self.context_at else inner  # a context block adds it dense
         if self.downsample is not None:
             identity = self.downsample(inner)
         out = norm_relu(self.bn1, self.conv1(inner))
@@ -114,13 +113,10 @@ class Bottleneck(nn.Module):
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
         out = self.conv3(out)
-        if self.context_at is None:
-            return norm_relu(self.bn3, out, identity)
-        out, identity = dense(out), dense(identity)
         if self.context_at == 'after_conv3':
-            return self.context_block(out, identity, relu=True, norm=self.bn3)
+            return self.context_block(dense(out), dense(identity), relu=True, norm=self.bn3)
         if self.context_at == 'after_add':
-            return self.context_block(self.bn3(out) + identity, relu=True)
+            return self.context_block(self.bn3(dense(out)) + dense(identity), relu=True)
         return norm_relu(self.bn3, out, identity)
 
 
