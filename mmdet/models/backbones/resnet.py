@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet.models.layers.blocked import blocked, dense
 from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
+from mmdet.models.layers.conv import blocked, dense
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
 from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics, norm_relu
 from mmdet.registry import MODELS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.blocked import blocked, dense
+from mmdet.models.layers.conv import blocked, dense
 from mmdet.models.task_modules.anchor_generator import grid_cells
 from mmdet.models.task_modules.assigner import IGNORED
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig

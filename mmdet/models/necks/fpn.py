@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.conv_module import ConvModule
+from mmdet.models.layers.conv import ConvModule
 from mmdet.models.layers.norm import NormConfig
 from mmdet.registry import MODELS
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.blocked import blocked, dense
-from mmdet.models.layers.conv_module import ConvModule
+from mmdet.models.layers.conv import ConvModule, blocked, dense
 from mmdet.models.layers.norm import NormConfig
 from mmdet.models.roi_heads.stage import Detections, SampledRoIs
 from mmdet.models.train_test_cfg import RCNNTestConfig

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.blocked import blocked, dense
-from mmdet.models.layers.conv_module import ConvModule
+from mmdet.models.layers.conv import ConvModule, blocked, dense
 from mmdet.models.layers.norm import NormConfig
 from mmdet.ops import roi_align
 from mmdet.registry import MODELS

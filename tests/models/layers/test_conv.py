@@ -1,23 +1,50 @@
-"""What stays in oneDNN's layout, and that it has the values of PyTorch's."""
+"""Convolution modules; what stays in oneDNN's layout, and that it has the values of PyTorch's."""
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from mmdet.models.backbones.resnet import ResNet
 from mmdet.models.dense_heads.rpn_head import RPNHead
-from mmdet.models.layers.blocked import AVAILABLE, blocked, dense
+from mmdet.models.layers.conv import AVAILABLE, ConvModule, blocked, dense
 from mmdet.models.layers.norm import NormConfig, fold_batch_norms
 from mmdet.models.roi_heads.bbox_head import ConvFCBBoxHead
 from mmdet.models.roi_heads.mask_head import FCNMaskHead
 
 GCB: dict[str, Any] = dict(ratio=1 / 4)
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason='no x86 CPU with AVX2, or no oneDNN')
+needs_blocks = pytest.mark.skipif(not AVAILABLE, reason='no x86 CPU with AVX2, or no oneDNN')
 
 
+@pytest.mark.parametrize('relu', [True, False])
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_without_norm(kernel_size: int, relu: bool) -> None:
+    module = ConvModule(4, 6, kernel_size, relu=relu)
+    assert [name for name, _ in module.named_parameters()] == ['conv.weight', 'conv.bias']
+    x = torch.randn(2, 4, 5, 7)
+    expected = F.conv2d(x, module.conv.weight, module.conv.bias, padding=kernel_size // 2)
+    torch.testing.assert_close(module(x), expected.relu() if relu else expected)
+
+
+def test_norm_takes_the_place_of_the_bias() -> None:
+    module = ConvModule(4, 6, 3, dict(type='BN'), relu=True)
+    assert [name for name, _ in module.named_parameters()] == ['conv.weight', 'bn.weight', 'bn.bias']
+    x = torch.randn(2, 4, 5, 7)
+    out = F.conv2d(x, module.conv.weight, padding=1)
+    variance = out.var((0, 2, 3), correction=0, keepdim=True)
+    expected = (out - out.mean((0, 2, 3), True)) / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(module(x), expected.relu(), rtol=1e-4, atol=1e-5)
+
+
+def test_half_of_a_relus_variance_is_made_good() -> None:
+    weight = ConvModule(64, 128, 3).conv.weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+
+
+@needs_blocks
 @torch.no_grad()
 def test_there_and_back() -> None:
     x = torch.randn(2, 5, 3, 4)
@@ -26,6 +53,7 @@ def test_there_and_back() -> None:
     assert torch.equal(dense(there), x)
 
 
+@needs_blocks
 def test_left_dense() -> None:
     x = torch.randn(2, 5, 3, 4)
     assert blocked(x) is x  # gradients may be wanted
@@ -47,7 +75,7 @@ def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pyte
         to_mkldnn = Tensor.to_mkldnn
         patch.setattr(Tensor, 'to_mkldnn', lambda map: brought.append(map) or to_mkldnn(map))
         found, _ = tree_flatten(module(x))
-        patch.setattr('mmdet.models.layers.blocked.AVAILABLE', False)
+        patch.setattr('mmdet.models.layers.conv.AVAILABLE', False)
         number = len(brought)
         expected, _ = tree_flatten(module(x))
     assert len(brought) == number
@@ -57,6 +85,7 @@ def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pyte
     return number
 
 
+@needs_blocks
 @pytest.mark.parametrize('options, chains', [
     (dict(depth=50), 1),
     (dict(depth=18), 1),
@@ -84,6 +113,7 @@ def test_backbone(
     assert all(map.requires_grad and not map.is_mkldnn for map in features)
 
 
+@needs_blocks
 def test_trained_batch_norm_needs_dense_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     net = ResNet(18, norm_eval=False, norm_cfg=dict(type='BN', momentum=0)).train()
     assert count_blocked(net, torch.rand(2, 3, 64, 96), monkeypatch) == 0
@@ -94,6 +124,7 @@ PARTS: dict[str, Any] = dict(
     loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True))
 
 
+@needs_blocks
 def test_rpn_head(monkeypatch: pytest.MonkeyPatch) -> None:
     head = RPNHead(
         16, 32, dict(type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8]), **PARTS,
@@ -102,6 +133,7 @@ def test_rpn_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_blocked(head, [torch.randn(2, 16, 8, 12), torch.randn(2, 16, 4, 6)], monkeypatch) == 2
 
 
+@needs_blocks
 @pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=4)])
 @pytest.mark.parametrize('convs', [0, 2])
 def test_roi_heads(convs: int, norm: NormConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
