@@ -48,7 +48,8 @@ def context_fuse(
     return torch.ops.mmdet.context_fuse(x, scale, shift, identity, relu)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """In which the kernels compute what they get."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -61,7 +62,7 @@ def _empty_like(x: Tensor) -> Tensor:
 @torch.library.register_fake('mmdet::context_pool')
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    return x.new_empty(n, c, dtype=_compute_dtype(x)), x.new_empty(n, h * w, dtype=_compute_dtype(x))
+    return x.new_empty(n, c, dtype=compute_dtype(x)), x.new_empty(n, h * w, dtype=compute_dtype(x))
 
 
 @torch.library.register_fake('mmdet::context_pool_backward')
@@ -118,7 +119,7 @@ def _(
     grad: Tensor, x: Tensor | None, scale: Tensor | None, output: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c = grad.shape[:2]
-    dtype = _compute_dtype(grad)
+    dtype = compute_dtype(grad)
     like = next(map for map in (x, output, grad) if map is not None)
     return (
         _empty_like(like) if x is not None else grad.new_empty(0),

@@ -41,6 +41,13 @@ def flops_of_context_pool(x: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * 2 * math.prod(x)
 
 
+def flops_of_context_transform(
+    context: Sequence[int], first_weight: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """Of its two linear layers, which are as large as one another."""
+    return 2 * 2 * context[0] * math.prod(first_weight)
+
+
 def flops_of_deform_conv(
     x: Sequence[int], weight: Sequence[int], offset: Sequence[int], *_: Any, **__: Any
 ) -> int:
@@ -52,6 +59,7 @@ def count_multiply_adds(model: Any, width: int, height: int, rois: int) -> int:
     """In one forward pass, on tensors without memory."""
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.mmdet.context_pool: flops_of_context_pool,
+        torch.ops.mmdet.context_transform: flops_of_context_transform,
         torch.ops.torchvision.deform_conv2d: flops_of_deform_conv})
     with torch.no_grad(), counter:
         features = model.extract_features(torch.empty(1, 3, height, width, device='meta'))

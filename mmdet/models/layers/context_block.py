@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
 from mmdet.models.layers.norm import affine_of
-from mmdet.ops import context_fuse, context_pool
+from mmdet.ops import context_fuse, context_pool, context_transform
 
 
 class ContextBlockConfig(TypedDict, total=False):
@@ -136,11 +135,11 @@ def _transform(channels: int, planes: int) -> nn.Sequential:
 
 
 def _apply(transform: Any, context: Tensor) -> Tensor:
-    """The transform of `(N, C)`. Matrix products spare what 1x1 convolutions spend on the weights' layout."""
-    first, norm, relu, last = transform
-    hidden = torch.addmm(first.bias[:, None], first.weight.flatten(1), context.t())
-    hidden = F.layer_norm(hidden.t(), hidden.shape[:1], norm.weight.flatten(), norm.bias.flatten(), norm.eps)
-    return torch.addmm(last.bias[:, None], last.weight.flatten(1), relu(hidden).t()).t()
+    """The transform of `(N, C)`."""
+    first, norm, _, last = transform
+    return context_transform(
+        context, first.weight.flatten(1), first.bias, norm.weight.flatten(), norm.bias.flatten(),
+        last.weight.flatten(1), last.bias, norm.eps)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

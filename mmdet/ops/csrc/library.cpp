@@ -10,7 +10,8 @@ extern "C" PyObject* PyInit__C() {
 }
 
 static void pass_by(torch::Library& library) {
-  for (const char* op : {"roi_align", "nms", "soft_nms", "context_pool", "context_fuse", "paste_masks"}) {
+  for (const char* op :
+       {"roi_align", "nms", "soft_nms", "context_pool", "context_transform", "context_fuse", "paste_masks"}) {
     library.impl(op, torch::CppFunction::makeFallthrough());
   }
 }
@@ -32,6 +33,12 @@ TORCH_LIBRARY(mmdet, m) {
   m.def(
       "context_pool_backward(Tensor grad, Tensor? grad_map, Tensor x, Tensor weight, Tensor context, "
       "Tensor attention) -> (Tensor, Tensor)");
+  m.def(
+      "context_transform(Tensor context, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor last_weight, Tensor last_bias, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "context_transform_backward(Tensor grad, Tensor context, Tensor hidden, Tensor first_weight, Tensor norm_weight, "
+      "Tensor norm_bias, Tensor last_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift, Tensor? identity, bool relu) -> Tensor");
   m.def(
       "context_fuse_backward(Tensor grad, Tensor? x, Tensor? scale, Tensor? output) -> "

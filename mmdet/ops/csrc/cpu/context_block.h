@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef CPU_CAPABILITY_AVX2
 #include <immintrin.h>
@@ -24,6 +25,10 @@ constexpr int64_t kTileBytes = 1280 << 10;           // all of a second-level ca
 constexpr int64_t kMinWidth = 16, kMaxWidth = 1024;  // positions of a tile
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 inline int64_t rows_per_task(int64_t row_size) {
   return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, row_size));
@@ -117,7 +122,7 @@ void for_tiles(const Map& map, const F& body) {
 // (groups, parts, C) -> (groups, C): sum over parts in float64, each weighed by weight(group, part).
 template <typename T, typename F>
 void sum_parts(const T* parts, int64_t groups, int64_t count, int64_t channels, const F& weight, T* output) {
-  const int64_t blocks = (channels + kBlock - 1) / kBlock;
+  const int64_t blocks = divide_up(channels, kBlock);
   at::parallel_for(0, groups * blocks, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / blocks, first = i % blocks * kBlock, size = std::min(kBlock, channels - first);
@@ -131,6 +136,73 @@ void sum_parts(const T* parts, int64_t groups, int64_t count, int64_t channels, 
       }
       std::copy_n(total.begin(), size, output + group * channels + first);
     }
+  });
+}
+
+constexpr int kRows = 8;  // read side by side
+constexpr int64_t kAhead = 32;  // rows
+constexpr int64_t kLine = 64;  // bytes
+
+template <typename T>
+inline void prefetch(const T* data, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
+    __builtin_prefetch(data + i, 0, 2);  // into the second level
+  }
+}
+
+// body(first, number of rows), the number being a constant; from the last rows to the first if asked.
+template <typename F>
+inline void for_rows(int64_t count, bool backwards, const F& body) {
+  const int64_t blocks = count / kRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    body((backwards ? blocks - 1 - i : i) * kRows, std::integral_constant<int, kRows>());
+  }
+  for (int64_t i = blocks * kRows; i < count; ++i) {
+    body(i, std::integral_constant<int, 1>());
+  }
+}
+
+// output[i] = row i . v
+template <typename T>
+void dot_rows(
+    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
+  for_rows(count, backwards, [&](int64_t first, auto number) {
+    const T* row = rows + first * stride;
+    std::array<Vec<T>, number> sums{};
+    for_vectors<T>(size, [&](int64_t i, int64_t n) {
+      const auto factor = Vec<T>::loadu(v + i, n);
+      for (int k = 0; k < number; ++k) {
+        sums[k] = at::vec::fmadd(Vec<T>::loadu(row + k * stride + i, n), factor, sums[k]);
+      }
+    });
+    for (int k = 0; k < number; ++k) {
+      output[first + k] = sum_lanes(sums[k]);
+    }
+  });
+}
+
+// output = sum of v[i] times row i
+template <typename T>
+void add_rows(
+    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
+  std::fill_n(output, size, T(0));
+  for_rows(count, backwards, [&](int64_t first, auto number) {
+    const T* row = rows + first * stride;
+    std::array<Vec<T>, number> factors;
+    for (int k = 0; k < number; ++k) {
+      factors[k] = Vec<T>(v[first + k]);
+      // Rows that lie apart are short, and the hardware does not foresee where the next ones begin.
+      if (stride > size && first + k + kAhead < count) {
+        prefetch(row + (k + kAhead) * stride, size);
+      }
+    }
+    for_vectors<T>(size, [&](int64_t i, int64_t n) {
+      Vec<T> sum = factors[0] * Vec<T>::loadu(row + i, n);
+      for (int k = 1; k < number; ++k) {
+        sum = at::vec::fmadd(factors[k], Vec<T>::loadu(row + k * stride + i, n), sum);
+      }
+      (Vec<T>::loadu(output + i, n) + sum).store(output + i, n);
+    });
   });
 }
 

@@ -11,78 +11,10 @@
 
 #include <cmath>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace mmdet {
 namespace {
-
-constexpr int kRows = 8;  // read side by side
-constexpr int64_t kAhead = 32;  // rows
-constexpr int64_t kLine = 64;  // bytes
-
-template <typename T>
-inline void prefetch(const T* data, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
-    __builtin_prefetch(data + i, 0, 2);  // into the second level
-  }
-}
-
-// body(first, number of rows), the number being a constant; from the last rows to the first if asked.
-template <typename F>
-inline void for_rows(int64_t count, bool backwards, const F& body) {
-  const int64_t blocks = count / kRows;
-  for (int64_t i = 0; i < blocks; ++i) {
-    body((backwards ? blocks - 1 - i : i) * kRows, std::integral_constant<int, kRows>());
-  }
-  for (int64_t i = blocks * kRows; i < count; ++i) {
-    body(i, std::integral_constant<int, 1>());
-  }
-}
-
-// output[i] = row i . v
-template <typename T>
-void dot_rows(
-    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
-  for_rows(count, backwards, [&](int64_t first, auto number) {
-    const T* row = rows + first * stride;
-    std::array<Vec<T>, number> sums{};
-    for_vectors<T>(size, [&](int64_t i, int64_t n) {
-      const auto factor = Vec<T>::loadu(v + i, n);
-      for (int k = 0; k < number; ++k) {
-        sums[k] = at::vec::fmadd(Vec<T>::loadu(row + k * stride + i, n), factor, sums[k]);
-      }
-    });
-    for (int k = 0; k < number; ++k) {
-      output[first + k] = sum_lanes(sums[k]);
-    }
-  });
-}
-
-// output = sum of v[i] times row i
-template <typename T>
-void add_rows(
-    const T* rows, int64_t count, int64_t stride, int64_t size, const T* v, T* output, bool backwards = false) {
-  std::fill_n(output, size, T(0));
-  for_rows(count, backwards, [&](int64_t first, auto number) {
-    const T* row = rows + first * stride;
-    std::array<Vec<T>, number> factors;
-    for (int k = 0; k < number; ++k) {
-      factors[k] = Vec<T>(v[first + k]);
-      // Rows that lie apart are short, and the hardware does not foresee where the next ones begin.
-      if (stride > size && first + k + kAhead < count) {
-        prefetch(row + (k + kAhead) * stride, size);
-      }
-    }
-    for_vectors<T>(size, [&](int64_t i, int64_t n) {
-      Vec<T> sum = factors[0] * Vec<T>::loadu(row + i, n);
-      for (int k = 1; k < number; ++k) {
-        sum = at::vec::fmadd(factors[k], Vec<T>::loadu(row + k * stride + i, n), sum);
-      }
-      (Vec<T>::loadu(output + i, n) + sum).store(output + i, n);
-    });
-  });
-}
 
 // output = input (zeros without) + a u + b v
 template <typename T>

@@ -1,0 +1,68 @@
+"""The middle of a global context block (Cao et al., GCNet, 2019, section 3.4): its transform."""
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._context_block import compute_dtype
+
+
+def context_transform(
+    context: Tensor, first_weight: Tensor, first_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    last_weight: Tensor, last_bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """A bottleneck of P channels: linear, layer norm, ReLU, linear.
+
+    Args:
+        context: `(N, C)`, N being small. All is computed in float64 if this is, else in float32.
+        first_weight, first_bias: `(P, C)` and `(P,)`, any floating dtype, as all parameters.
+        norm_weight, norm_bias: `(P,)` of the layer norm.
+        last_weight, last_bias: `(C, P)` and `(C,)`.
+        eps: what the layer norm adds to the variance.
+
+    Returns:
+        `(N, C)`, float64 or float32.
+
+    Raises:
+        ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
+    """
+    return torch.ops.mmdet.context_transform(
+        context, first_weight, first_bias, norm_weight, norm_bias, last_weight, last_bias, eps)[0]
+
+
+@torch.library.register_fake('mmdet::context_transform')
+def _(
+    context: Tensor, first_weight: Tensor, first_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    last_weight: Tensor, last_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(context)
+    hidden = context.new_empty(context.shape[0], first_weight.shape[0], dtype=dtype)
+    return torch.empty_like(context, dtype=dtype, memory_format=torch.contiguous_format), hidden
+
+
+@torch.library.register_fake('mmdet::context_transform_backward')
+def _(
+    grad: Tensor, context: Tensor, hidden: Tensor, first_weight: Tensor, norm_weight: Tensor,
+    norm_bias: Tensor, last_weight: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    like = (
+        context, first_weight, first_weight[:, 0], norm_weight, norm_bias, last_weight, last_weight[:, 0])
+    return tuple(part.new_empty(part.shape, dtype=compute_dtype(context)) for part in like)
+
+
+def _setup_transform(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _transform_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, hidden = ctx.saved_tensors
+    context, first_weight, _, norm_weight, norm_bias, last_weight, _ = tensors
+    grads = torch.ops.mmdet.context_transform_backward(
+        grad, context, hidden, first_weight, norm_weight, norm_bias, last_weight, ctx.eps)
+    return *(grad.to(given.dtype) for grad, given in zip(grads, tensors)), None
+
+
+torch.library.register_autograd(
+    'mmdet::context_transform', _transform_backward, setup_context=_setup_transform)
