@@ -21,8 +21,10 @@ namespace mmdet {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-constexpr int64_t kTileBytes = 1280 << 10;           // all of a second-level cache, and some of the last
-constexpr int64_t kMinWidth = 16, kMaxWidth = 1024;  // positions of a tile
+// Of a tile. With channels last it is one run of memory, best in a second-level cache; otherwise it has a run for each
+// channel, and long runs are worth more than that: it stays in the last level.
+constexpr int64_t kChannelsLastBytes = 512 << 10, kContiguousBytes = 3 << 20;
+constexpr int64_t kMinWidth = 16, kMaxWidth = 2048;  // positions of a tile
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
 
@@ -80,20 +82,28 @@ inline T sum_lanes(const Vec<T>& v) {
   return at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, v);
 }
 
-// A map (N, C, P) or, channels_last, (N, P, C), in tiles: runs of `width` positions with all their channels, which stay
-// in the cache.
+// A map (N, C, P) or, channels_last, (N, P, C), in tiles of `width` positions with all their channels, which stay in the
+// cache. Every thread gets as many tiles.
 struct Map {
-  int64_t images, channels, area, width, tiles;
+  int64_t images, channels, area;
   bool channels_last, large;
+  int64_t tiles, width;
 
   explicit Map(const at::Tensor& x)
       : images(x.size(0)),
         channels(x.size(1)),
         area(x.size(2) * x.size(3)),
-        width(std::clamp(kTileBytes / (std::max<int64_t>(channels, 1) * x.element_size()) / 16 * 16, kMinWidth, kMaxWidth)),
-        tiles((area + width - 1) / width),
         channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast),
-        large(exceeds_cache(x)) {}
+        large(exceeds_cache(x)) {
+    const int64_t row = std::max<int64_t>(channels, 1) * x.element_size();
+    const int64_t fitting = (channels_last ? kChannelsLastBytes : kContiguousBytes) / row;
+    tiles = divide_up(area, std::clamp(fitting, kMinWidth, kMaxWidth));
+    while (images * tiles % at::get_num_threads() != 0) {
+      ++tiles;
+    }
+    width = tiles > 0 ? divide_up(divide_up(area, tiles), kMinWidth) * kMinWidth : kMinWidth;
+    tiles = divide_up(area, width);
+  }
 };
 
 struct Tile {
