@@ -102,11 +102,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        inner = blocked(x, [self.bn1]) if self.chained else dense(x)
-        identity = x if self.chained and self.context_at else inner  # a context block adds it dense
+        # After a context block x is dense. To bring it into blocks is a copy, and conv1's output is smaller.
+        late = self.chained and self.context_at and not x.is_mkldnn
+        identity = inner = blocked(x, [self.bn1]) if self.chained and not late else dense(x)
         if self.downsample is not None:
             identity = self.downsample(inner)
-        out = norm_relu(self.bn1, self.conv1(inner))
+        out = self.conv1(inner)
+        out = norm_relu(self.bn1, blocked(out, [self.bn1]) if late else out)
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
         out = norm_relu(self.bn2, self.conv2(out))
