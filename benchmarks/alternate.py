@@ -15,6 +15,8 @@ import torch
 
 from mmdet.utils.env import keep_memory
 
+CALLS = 20  # in a GPU's queue
+
 
 def op_parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags of a benchmark of an op."""
@@ -29,16 +31,23 @@ def op_parser(doc: str | None) -> argparse.ArgumentParser:
 def time_in_turns(
     functions: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds on the clock and of CPU time in each round, after one that does not count."""
+    """Milliseconds on the clock and of CPU time in each round, after one that does not count.
+
+    A round is one call; on a GPU a queue of them, as in a network, where launching does not add to the time
+    while the GPU has enough to do.
+    """
     keep_memory()
+    calls = CALLS if torch.cuda.is_available() else 1
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            function()
+            for _ in range(calls):
+                function()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append((1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)))
+            spent = time.perf_counter() - wall, time.process_time() - cpu
+            times[name].append((1000 * spent[0] / calls, 1000 * spent[1] / calls))
     return {name: series[1:] for name, series in times.items()}
 
 
@@ -58,7 +67,7 @@ def compare(case: str, functions: dict[str, Callable[[], Any]], rounds: int) -> 
             record[clock] = dict(milliseconds=statistics.median(own[i] for own in series),
                                  ratio=statistics.median(ratios), smallest=ratios[0], largest=ratios[-1])
         wall, cpu = record['wall'], record['cpu']
-        print(f'{case:48} {name:26} {wall["milliseconds"]:9.2f} ms, {wall["ratio"]:6.2f} times as fast '
+        print(f'{case:48} {name:26} {wall["milliseconds"]:9.3f} ms, {wall["ratio"]:6.2f} times as fast '
               f'({wall["smallest"]:.2f} to {wall["largest"]:.2f}), by CPU time {cpu["ratio"]:.2f}')
         records.append(record)
     return records
@@ -67,5 +76,6 @@ def compare(case: str, functions: dict[str, Callable[[], Any]], rounds: int) -> 
 def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     """Write what was measured, and with what, where ``--out`` says."""
     if args.out:
-        about = dict(torch=torch.__version__, device=args.device, threads=args.threads, rounds=args.rounds)
+        device = torch.cuda.get_device_name() if args.device != 'cpu' else args.device
+        about = dict(torch=torch.__version__, device=device, threads=args.threads, rounds=args.rounds)
         args.out.write_text(json.dumps(dict(about, records=records), indent=2) + '\n')

@@ -24,9 +24,11 @@ Step = Callable[[], Any]
 """Runs one step and returns what is compared with other peers, in types that JSON knows."""
 Peer = Callable[[argparse.Namespace], Step]
 """Prepares a step from the script's arguments, in a process of its own."""
+Series = dict[str, list[float]]
+"""Of each round: seconds on the clock ('wall') and of CPU time ('cpu'), the most that a GPU's memory held."""
 # Read by glibc at process start: large blocks come from the heap, which is never given back.
 KEEP_MEMORY = dict(GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4611686018427387904')
-MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
+MALLOC = {'malloc as it is: ': {}, 'malloc keeps memory: ': KEEP_MEMORY}
 
 
 def common_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -62,10 +64,10 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         timed = {}
         own = [sys.executable, *sys.argv, '--case', case, '--worker']
         commands = {name: [*own, name] for name in args.peers} | other(args, case)
-        for malloc, env in MALLOC.items():
+        for malloc, env in MALLOC.items() if args.device == 'cpu' else [('', {})]:
             timed[malloc], results = _time_in_turns(commands, args, env)
-            records += [dict(case=case, malloc=malloc, peer=name, wall=wall, cpu=cpu)
-                        for name, (wall, cpu) in timed[malloc].items()]
+            records += [dict(case=case, malloc=malloc, peer=name, **series)
+                        for name, series in timed[malloc].items()]
         print(_table(case, timed), *agree(results), '', sep='\n', flush=True)
     write_json(args, records)
 
@@ -83,7 +85,9 @@ def serve(prepare: Callable[[], Step], threads: int) -> None:
         step()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        answer = time.perf_counter() - wall, time.process_time() - cpu
+        answer = dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+        if torch.cuda.is_initialized():
+            answer['GB on the GPU'] = torch.cuda.max_memory_allocated() / 1e9
         print(json.dumps(answer), file=channel, flush=True)
 
 
@@ -109,8 +113,8 @@ def serve_other(
 
 def _time_in_turns(
     commands: dict[str, list[str]], args: argparse.Namespace, env: dict[str, str]
-) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, Any]]:
-    """Seconds (wall, CPU) of each round and results, by peer."""
+) -> tuple[dict[str, Series], dict[str, Any]]:
+    """What was measured in each round and results, by peer."""
     threads = dict(OMP_NUM_THREADS=str(args.threads))
     workers, results = {}, {}
     for name, command in commands.items():
@@ -118,7 +122,7 @@ def _time_in_turns(
             command, env=os.environ | threads | env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         results[name] = _answer(name, workers[name])
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
+    times: dict[str, Series] = {name: {} for name in commands}
     for _ in range(args.rounds):
         for name, worker in workers.items():
             assert worker.stdin is not None
@@ -126,8 +130,8 @@ def _time_in_turns(
                 print(file=worker.stdin, flush=True)
             except BrokenPipeError:
                 pass  # it has died, which the answer tells
-            for column, seconds in zip(times[name], _answer(name, worker)):
-                column.append(seconds)
+            for clock, value in _answer(name, worker).items():
+                times[name].setdefault(clock, []).append(value)
     for worker in workers.values():
         worker.communicate()
     return times, results
@@ -149,14 +153,14 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> str:
     return f'{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})'
 
 
-def _table(case: str, timed: dict[str, dict[str, tuple[list[float], list[float]]]]) -> str:
-    rows = [[case, 'seconds', *(f'{malloc}: median, ratio' for malloc in timed)]]
-    for name in next(iter(timed.values())):
-        for i, clock in enumerate(('wall', 'CPU')):
+def _table(case: str, timed: dict[str, dict[str, Series]]) -> str:
+    rows = [[case, 'seconds', *(f'{malloc}median, ratio' for malloc in timed)]]
+    for name, measured in next(iter(timed.values())).items():
+        for i, clock in enumerate(measured):
             row = [name if i == 0 else '', clock]
             for times in timed.values():
-                first, seconds = next(iter(times.values()))[i], times[name][i]
-                row.append(f'{statistics.median(seconds):7.3f}  {ratios(first, seconds)}')
+                first, own = next(iter(times.values()))[clock], times[name][clock]
+                row.append(f'{statistics.median(own):7.3f}  {ratios(first, own)}')
             rows.append(row)
     return AsciiTable(rows).table
 
@@ -167,8 +171,9 @@ def machine() -> dict[str, Any]:
     if Path('/proc/cpuinfo').exists():
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
-    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load=os.getloadavg(), torch=torch.__version__,
-                python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M'))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load=os.getloadavg(), gpu=gpu,
+                torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M'))
 
 
 def write_json(args: argparse.Namespace, records: Sequence[dict[str, Any]]) -> None:

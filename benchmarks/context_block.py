@@ -1,7 +1,8 @@
 """The global context block against eager PyTorch (on CUDA also compiled), and plain reads and writes.
 
 The first line of a case is the floor: PyTorch operations that read and write the bytes that cannot be
-avoided, of x, the output, the identity, the parameters and the gradients.
+avoided, of x, the output, the identity, the parameters and the gradients. On CUDA the block's bandwidth on
+these bytes is compared with that of copying a map as well.
 """
 import argparse
 import itertools
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock
 
-SHAPES = [(2, 512, 100, 168), (2, 1024, 50, 84), (2, 2048, 25, 42)]  # c3, c4, c5 of two images at 800 x 1344
+SIZES = {512: (100, 168), 1024: (50, 84), 2048: (25, 42)}  # by channels: c3, c4, c5 at 800 x 1344
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -85,7 +86,8 @@ def measure(
 
     functions = {'mmdet': runner(ours), 'eager': runner(eager)}
     if x.is_cuda:
-        functions['compiled'] = runner(torch.compile(eager))
+        torch.compiler.reset()  # else the limit of recompilations is reached
+        functions['compiled'] = runner(torch.compile(eager, dynamic=False))
     results = [function() for function in functions.values()]
     for found in results:
         for part, expected in zip(found, results[0]):
@@ -95,6 +97,9 @@ def measure(
                 torch.testing.assert_close(
                     part, expected, rtol=bound, atol=bound * expected.abs().max().item())
     run_floor, size = floor(x, given, list(block.parameters()), backward)
+    if x.is_cuda:
+        target = torch.empty_like(grad)
+        functions['copy'] = lambda: [target.copy_(grad)]
     case = f'{layout} {"x".join(map(str, shape))} r{round(1 / ratio)}{" residual" if residual else ""}'
     case += ' f+b' if backward else ' f'
     records = compare(case, {f'{size / 1e6:.1f} MB': run_floor, **functions}, args.rounds)
@@ -102,6 +107,11 @@ def measure(
     for clock in ('wall', 'cpu'):
         fast = times['eager'][clock]['milliseconds'] / times['mmdet'][clock]['milliseconds']
         print(f'{case:48} mmdet is {fast:.2f} times as fast as eager ({clock})', flush=True)
+    if x.is_cuda:
+        own, compiled, copy = (times[name]['wall']['milliseconds'] for name in ('mmdet', 'compiled', 'copy'))
+        share = size / own / (2 * grad.nbytes / copy)
+        print(f'{case:48} mmdet is {compiled / own:.2f} times as fast as compiled, {size / own / 1e6:.0f} GB/s, '
+              f'{share:.0%} of copying {grad.nbytes / 1e6:.0f} MB', flush=True)
     return [dict(record, bytes=size) for record in records]
 
 
@@ -109,12 +119,17 @@ def main() -> None:
     parser = op_parser(__doc__)
     parser.add_argument('--dtype', default='float32', choices=['float32', 'float64', 'float16', 'bfloat16'])
     parser.add_argument('--layouts', nargs='+', default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument('--channels', nargs='+', type=int, default=list(SIZES), choices=list(SIZES))
+    parser.add_argument('--ratios', nargs='+', type=float, default=[1 / 4, 1 / 16])
+    parser.add_argument('--images', type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # it would round eager's logits to 10 bits
     records = []
-    for layout, shape, ratio, residual, backward in itertools.product(
-            args.layouts, SHAPES, (1 / 4, 1 / 16), (False, True), (False, True)):
+    for layout, channels, ratio, residual, backward in itertools.product(
+            args.layouts, args.channels, args.ratios, (False, True), (False, True)):
+        shape = (args.images, channels, *SIZES[channels])
         records += measure(args, layout, shape, ratio, residual, backward)
     print('outputs and gradients agree within 200 roundings of the largest')
     write(args, records)

@@ -88,9 +88,14 @@ def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int) -> dict
     from mmdet.registry import DATASETS
 
     dataset = DATASETS.build(dict(cfg[f'{part}_dataloader'].dataset, data_root=str(args.data)))
-    items = (dataset[i] for i in range(len(dataset)))
-    fitting = (item for item in items if min(item['inputs'].shape[1:]) == size)
-    return pseudo_collate([item for item, _ in zip(fitting, range(args.batch or IMAGES[part]))])
+    loaded = (dataset[i] for i in range(len(dataset)))
+    fitting = (item for item in loaded if min(item['inputs'].shape[1:]) == size)
+    count = args.batch or IMAGES[part]
+    items = [item for item, _ in zip(fitting, range(count))]
+    items = [items[i % len(items)] for i in range(count)]  # a large batch of a small data set
+    if args.device != 'cpu':  # as the data loader does
+        items = [{key: value.pin_memory() for key, value in item.items()} for item in items]
+    return pseudo_collate(items)
 
 
 def other_commands(args: argparse.Namespace, case: str, part: str) -> dict[str, list[str]]:

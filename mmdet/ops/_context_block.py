@@ -24,7 +24,9 @@ def context_pool(
     """
     weight = x.new_zeros(x.shape[1:2]) if weight is None else weight
     bias = weight.new_zeros(1) if bias is None else bias
-    return _Pool.apply(x, weight, bias)
+    context, x = _Pool.apply(x, weight, bias)
+    # Not inside: torch 2.11 compiled a cast that casts nothing there, and lost the gradient.
+    return context.to(x.dtype), x
 
 
 def context_fuse(
@@ -98,7 +100,7 @@ class _Pool(torch.autograd.Function):
         context, attention = torch.ops.mmdet.context_pool(x, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, context, attention)
-        return context.to(x.dtype), x.view_as(x)
+        return context, x.view_as(x)
 
     @staticmethod
     def backward(
