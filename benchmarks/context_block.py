@@ -110,8 +110,8 @@ def measure(
     if x.is_cuda:
         own, compiled, copy = (times[name]['wall']['milliseconds'] for name in ('mmdet', 'compiled', 'copy'))
         share = size / own / (2 * grad.nbytes / copy)
-        print(f'{case:48} mmdet is {compiled / own:.2f} times as fast as compiled, {size / own / 1e6:.0f} GB/s, '
-              f'{share:.0%} of copying {grad.nbytes / 1e6:.0f} MB', flush=True)
+        print(f'{case:48} mmdet is {compiled / own:.2f} times as fast as compiled, '
+              f'{size / own / 1e6:.0f} GB/s, {share:.0%} of copying {grad.nbytes / 1e6:.0f} MB', flush=True)
     return [dict(record, bytes=size) for record in records]
 
 

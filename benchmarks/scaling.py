@@ -42,12 +42,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     records = []
     rows = [['batch', 'inference, images/s', 'GB on the GPU', 'training, images/s', 'GB on the GPU']]
-    for args.batch in args.batches:
-        row = [str(args.batch)]
+    for batch in args.batches:
+        args.batch = batch
+        row = [str(batch)]
         for part, prepare in (('inference', inference.plain), ('training', train_step.plain)):
             found = measure(args, prepare(args))
-            records.append(dict(batch=args.batch, part=part, **found))
-            row += [f'{args.batch / found["seconds"]:.1f}', f'{found["gigabytes"]:.1f}']
+            records.append(dict(batch=batch, part=part, **found))
+            row += [f'{batch / found["seconds"]:.1f}', f'{found["gigabytes"]:.1f}']
         rows.append(row)
         print(AsciiTable(rows).table, flush=True)
     write_json(args, records)

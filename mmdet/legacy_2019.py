@@ -7,6 +7,7 @@ its own values and is here: anchors, clipping, the way to the original image, re
 annotations, mask targets and pasting. :func:`legacy_2019` puts them into a config.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -23,6 +24,7 @@ from mmdet.models.roi_heads.mask_head import FCNMaskHead
 from mmdet.models.task_modules.anchor_generator import AnchorGenerator
 from mmdet.models.task_modules.box_coder import DeltaXYWHBBoxCoder
 from mmdet.registry import MODELS, TASK_UTILS, TRANSFORMS
+from mmdet.structures.boxes import clip_boxes, tensor_like
 from mmdet.structures.data_sample import DataSample
 from mmdet.structures.masks import RLE, encode_rle
 
@@ -84,17 +86,15 @@ class AnchorGenerator2019(AnchorGenerator):
 class DeltaXYWHBBoxCoder2019(DeltaXYWHBBoxCoder):
     """Boxes of at least one pixel, whose last pixel is what is scaled and cut off."""
 
-    def clip(self, boxes: Tensor, max_shape: tuple[int, int]) -> Tensor:
+    def clip(self, boxes: Tensor, max_shape: Sequence[int] | Tensor) -> Tensor:
         """Half-open boxes (..., 4) cut off so that both corners' pixels lie in (height, width)."""
-        height, width = max_shape
-        last = boxes.new_tensor(LAST_PIXEL)
-        limit = boxes.new_tensor([width - 1, height - 1, width - 1, height - 1])
-        return torch.minimum((boxes - last).clamp(min=0), limit) + last
+        last = tensor_like(LAST_PIXEL, boxes)
+        return clip_boxes(boxes - last, tensor_like(max_shape, boxes) - 1) + last
 
-    def to_original(self, boxes: Tensor, scale_factor: tuple[float, float]) -> Tensor:
+    def to_original(self, boxes: Tensor, scale_factor: Sequence[float] | Tensor) -> Tensor:
         """Half-open boxes (..., 4): the first and the last pixel are divided by the scale."""
-        last = boxes.new_tensor(LAST_PIXEL)
-        return (boxes - last) / boxes.new_tensor(scale_factor).repeat(2) + last
+        last = tensor_like(LAST_PIXEL, boxes)
+        return super().to_original(boxes - last, scale_factor) + last
 
 
 @MODELS.register_module()

@@ -213,10 +213,10 @@ def test_anchors_inside_the_image(units: dict[str, Any]) -> None:
     head = MODELS.build(dict(cfg.model.rpn_head, train_cfg=cfg.model.train_cfg.rpn))
     sample = DataSample(1, '', (0, 0), tuple(case['img_shape']))
     anchors = half_open(case['anchors'])
-    positive, negative, _ = head._sample_anchors(anchors, torch.ones(len(anchors), dtype=torch.bool), sample)
+    assigned = head._assign(anchors, torch.ones(len(anchors), dtype=torch.bool), sample)
     # Without objects every anchor that counts is background.
-    assert len(positive) == 0
-    assert negative.tolist() == torch.tensor(case['inside']).nonzero()[:, 0].tolist()
+    expected = torch.where(torch.tensor(case['inside']).bool(), BACKGROUND, IGNORED)
+    assert assigned.tolist() == expected.tolist()
 
 
 def test_context_block(units: dict[str, Any]) -> None:

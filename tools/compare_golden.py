@@ -208,7 +208,7 @@ def compare_golden(cfg: Config, path: Path, reference: dict[str, Any]) -> Compar
     batch = load_images(cfg, path, scale, list(enumerate(flips)), train=True)
     # The 2019 code took the first of its candidates when the numbers were recorded, not random ones.
     random_choice = sampler.random_choice
-    sampler.random_choice = lambda indices, num: indices[:num]
+    sampler.random_choice = lambda count, num: torch.arange(min(count, num))
     try:
         compare_training(model, batch, reference, cfg.model.backbone.type == 'ResNeXt', out)
     finally:

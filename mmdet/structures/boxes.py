@@ -1,6 +1,7 @@
 """Free functions on boxes: Tensor (..., 4), continuous xyxy in pixels (width = x2 - x1)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ class Proposals(NamedTuple):
 
     boxes: Tensor
     scores: Tensor
+
+
+def tensor_like(values: Sequence[Any] | Tensor, like: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype and on the device of ``like``; ``new_tensor`` makes a GPU wait."""
+    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -36,10 +42,16 @@ def box_iof(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return _intersection(boxes1, boxes2) / box_area(boxes1)[:, None].clamp(min=1e-6)
 
 
-def clip_boxes(boxes: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) cut off at an image of ``shape`` (height, width)."""
-    limit = boxes.new_tensor([shape[1], shape[0], shape[1], shape[0]])
-    return torch.minimum(boxes.clamp(min=0), limit)
+def clip_boxes(boxes: Tensor, shape: Sequence[int] | Tensor) -> Tensor:
+    """Boxes (..., 4) cut off at an image of ``shape`` (height, width), or (..., 2) of images each."""
+    limit = tensor_like(shape, boxes).flip(-1)
+    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1))
+
+
+def per_image(keep: Tensor, images: Tensor, num_images: int, most: int) -> list[Tensor]:
+    """What is kept (n,), at most ``most`` of each image in the order given, from the image (n,) of each."""
+    counts = (images[:, None] == torch.arange(num_images, device=images.device)).sum(dim=0).tolist()
+    return [part[:most] for part in keep[images.argsort(stable=True)].split(counts)]
 
 
 def boxes_to_rois(boxes: list[Tensor]) -> Tensor:

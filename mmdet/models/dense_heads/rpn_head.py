@@ -15,7 +15,7 @@ from mmdet.models.task_modules.assigner import IGNORED
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig
 from mmdet.ops import batched_nms, multilevel_roi_align
 from mmdet.registry import MODELS, TASK_UTILS
-from mmdet.structures.boxes import Proposals
+from mmdet.structures.boxes import Proposals, per_image, tensor_like
 from mmdet.structures.data_sample import DataSample
 
 
@@ -69,21 +69,22 @@ class RPNHead(nn.Module):
             proposals = self.predict(features, samples, proposal_cfg)
         # Targets are float32 in a model of any dtype: which boxes tie must not depend on it.
         anchors = torch.cat(self.anchor_generator.grid_anchors(features, torch.float32))
-        positives, negatives, targets = [], [], []
-        for i, sample in enumerate(samples):
-            valid = self.anchor_generator.valid_flags(features, sample.pad_shape)
-            positive, negative, matched = self._sample_anchors(anchors, valid, sample)
+        valid = self.anchor_generator.valid_flags(features, [s.pad_shape for s in samples])
+        assigned = [self._assign(anchors, v, s) for v, s in zip(valid, samples)]
+        positives, negatives, objects = [], [], []
+        for i, (positive, negative) in enumerate(self.sampler.sample(assigned)):
             positives.append(torch.stack([torch.full_like(positive, i), positive]))
             negatives.append(torch.stack([torch.full_like(negative, i), negative]))
-            targets.append(self.bbox_coder.encode(anchors[positive], sample.boxes[matched]))
+            objects.append(samples[i].boxes[assigned[i][positive]])
         image, anchor = torch.cat(positives + negatives, dim=1)
         logits, deltas = self._forward_at(features, image, anchor)
         num_positives = sum(p.shape[1] for p in positives)
         num_samples = sum(max(p.shape[1], 1) for p in positives + negatives)
         is_positive = torch.arange(len(logits), device=logits.device) < num_positives
+        targets = self.bbox_coder.encode(anchors[anchor[:num_positives]], torch.cat(objects))
         return proposals, dict(
             loss_rpn_cls=self.loss_cls(logits, is_positive, num_samples),
-            loss_rpn_bbox=self.loss_bbox(deltas[:num_positives], torch.cat(targets), num_samples))
+            loss_rpn_bbox=self.loss_bbox(deltas[:num_positives], targets, num_samples))
 
     def _forward_at(self, features: list[Tensor], image: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`forward` gives for S anchors (S,) of images (S,): logits (S,) and deltas (S, 4).
@@ -114,10 +115,8 @@ class RPNHead(nn.Module):
         cls_maps, reg_maps = self(features)
         return self._propose(features, _flatten(cls_maps, 1), _flatten(reg_maps, 4), samples, proposal_cfg)
 
-    def _sample_anchors(
-        self, anchors: Tensor, valid: Tensor, sample: DataSample
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of positive (P,) and negative (M,) anchors, and the object (P,) of each positive."""
+    def _assign(self, anchors: Tensor, valid: Tensor, sample: DataSample) -> Tensor:
+        """The object of each anchor of an image, BACKGROUND or IGNORED: (T,) int64."""
         if self.allowed_border >= 0:
             height, width = sample.img_shape
             border = self.allowed_border
@@ -127,8 +126,7 @@ class RPNHead(nn.Module):
         # An invalid anchor overlaps nothing, lest it be the best of an object near the border.
         assigned = self.assigner.assign(
             torch.where(valid[:, None], anchors, 0), sample.boxes, sample.ignored_boxes)
-        positive, negative = self.sampler.sample(torch.where(valid, assigned, IGNORED))
-        return positive, negative, assigned[positive]
+        return torch.where(valid, assigned, IGNORED)
 
     def _propose(
         self,
@@ -138,24 +136,26 @@ class RPNHead(nn.Module):
         samples: list[DataSample],
         cfg: ProposalConfig,
     ) -> list[Proposals]:
-        anchors = self.anchor_generator.grid_anchors(features, logits[0].dtype)
-        proposals = []
-        for i, sample in enumerate(samples):
-            boxes, scores, levels = [], [], []
-            for level, (level_anchors, level_logits, level_deltas) in enumerate(zip(anchors, logits, deltas)):
-                # Ranked by logit: the sigmoid of large logits ties in float32.
-                best, index = level_logits[i, :, 0].topk(min(cfg['nms_pre'], len(level_anchors)))
-                boxes.append(self.bbox_coder.decode(
-                    level_anchors[index], level_deltas[i, index], sample.img_shape))
-                scores.append(best)
-                levels.append(torch.full_like(index, level))
-            all_boxes, all_scores, all_levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-            large = ((all_boxes[:, 2:] - all_boxes[:, :2]) > cfg['min_bbox_size']).all(dim=1).nonzero()[:, 0]
-            all_boxes, all_scores, all_levels = all_boxes[large], all_scores[large], all_levels[large]
-            keep = batched_nms(all_boxes, all_scores, all_levels, cfg['nms']['iou_threshold'])
-            keep = keep[:cfg['max_per_img']]
-            proposals.append(Proposals(all_boxes[keep], all_scores[keep].sigmoid()))
-        return proposals
+        level_anchors = self.anchor_generator.grid_anchors(features, logits[0].dtype)
+        anchors, best_deltas, scores, groups = [], [], [], []
+        image = torch.arange(len(samples), device=logits[0].device)
+        for level, level_logits in enumerate(logits):
+            # Ranked by logit: the sigmoid of large logits ties in float32.
+            best, index = level_logits[..., 0].topk(min(cfg['nms_pre'], level_logits.shape[1]))
+            anchors.append(level_anchors[level][index])
+            best_deltas.append(deltas[level].take_along_dim(index[..., None], dim=1))
+            scores.append(best)
+            groups.append((image[:, None] * len(logits) + level).expand_as(index))
+        all_anchors = torch.cat(anchors, dim=1)
+        shapes = tensor_like([s.img_shape for s in samples], all_anchors)[:, None]
+        boxes = self.bbox_coder.decode(all_anchors, torch.cat(best_deltas, dim=1), shapes)
+        large = ((boxes[..., 2:] - boxes[..., :2]) > cfg['min_bbox_size']).all(dim=2)
+        # NMS keeps no NaN. To take the small ones out before would make a GPU wait.
+        ranks = torch.cat(scores, dim=1).where(large, torch.nan).flatten()
+        boxes, group = boxes.flatten(0, 1), torch.cat(groups, dim=1).flatten()
+        keep = batched_nms(boxes, ranks, group, cfg['nms']['iou_threshold'])
+        kept = per_image(keep, group[keep] // len(logits), len(samples), cfg['max_per_img'])
+        return [Proposals(boxes[k], ranks[k].sigmoid()) for k in kept]
 
 
 def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:

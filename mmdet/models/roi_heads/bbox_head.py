@@ -16,6 +16,7 @@ from mmdet.models.roi_heads.stage import Detections, SampledRoIs
 from mmdet.models.train_test_cfg import RCNNTestConfig
 from mmdet.ops import batched_nms
 from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.structures.boxes import per_image, tensor_like
 from mmdet.structures.data_sample import DataSample
 
 
@@ -108,17 +109,18 @@ class ConvFCBBoxHead(nn.Module):
             acc=correct.sum() * 100.0 / num_rois)
 
     def refine(
-        self, logits: Tensor, deltas: Tensor, boxes: Tensor, labels: Tensor, img_shape: tuple[int, int]
+        self, logits: Tensor, deltas: Tensor, rois: Tensor, labels: Tensor, samples: list[DataSample]
     ) -> Tensor:
-        """The RoIs (K, 4) of one image moved by their deltas, for the next stage of a cascade.
+        """The boxes (K, 4) of RoIs (K, 5) moved by their deltas, for the next stage of a cascade.
 
         Where the deltas are a class each, a RoI takes those of its label (K,), or of the likeliest
         class if that is background.
         """
         classes = torch.where(labels < self.num_classes, labels, logits[:, :-1].argmax(dim=1))
         deltas, columns = self._of_class(deltas, classes)
-        rows = torch.arange(len(boxes), device=boxes.device)
-        return self.bbox_coder.decode(boxes, deltas[rows, columns], img_shape)
+        rows = torch.arange(len(rois), device=rois.device)
+        shapes = tensor_like([s.img_shape for s in samples], rois)[rois[:, 0].long()]
+        return self.bbox_coder.decode(rois[:, 1:], deltas[rows, columns], shapes)
 
     def _of_class(self, deltas: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Deltas (K, C, 4) and the column C of each label (n,): 0 where one box serves all classes."""
@@ -126,21 +128,27 @@ class ConvFCBBoxHead(nn.Module):
         return deltas.unflatten(1, (-1, 4)), columns
 
     def predict(
-        self, scores: Tensor, deltas: Tensor, boxes: Tensor, sample: DataSample, cfg: RCNNTestConfig
-    ) -> Detections:
-        """Detections of one image, best first.
+        self, scores: Tensor, deltas: Tensor, rois: Tensor, samples: list[DataSample], cfg: RCNNTestConfig
+    ) -> list[Detections]:
+        """Detections of each image, best first.
 
         Args:
             scores: probabilities (K, num_classes + 1).
-            deltas, boxes: (K, 4 * num_classes) or (K, 4), and the RoIs (K, 4).
+            deltas, rois: (K, 4 * num_classes) or (K, 4), and the RoIs (K, 5) of all images.
         """
         roi, labels = (scores[:, :-1] > cfg['score_thr']).nonzero(as_tuple=True)
         scores = scores[roi, labels]
         deltas, columns = self._of_class(deltas, labels)
-        rois = self.bbox_coder.decode(boxes[roi], deltas[roi, columns], sample.img_shape)
-        decoded = self.bbox_coder.to_original(rois, sample.scale_factor)
-        keep = batched_nms(decoded, scores, labels, cfg['nms']['iou_threshold'])[:cfg['max_per_img']]
-        return Detections(rois[keep], decoded[keep], scores[keep], labels[keep])
+        images = rois[roi, 0].long()
+        shapes = tensor_like([s.img_shape for s in samples], rois)[images]
+        boxes = self.bbox_coder.decode(rois[roi, 1:], deltas[roi, columns], shapes)
+        scales = tensor_like([s.scale_factor for s in samples], rois)[images]
+        original = self.bbox_coder.to_original(boxes, scales)
+        groups = images * self.num_classes + labels
+        keep = batched_nms(original, scores, groups, cfg['nms']['iou_threshold'])
+        return [
+            Detections(boxes[k], original[k], scores[k], labels[k])
+            for k in per_image(keep, images[keep], len(samples), cfg['max_per_img'])]
 
 
 def _linear(in_features: int, out_features: int, std: float | None = None) -> nn.Linear:

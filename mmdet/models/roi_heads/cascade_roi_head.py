@@ -59,9 +59,7 @@ class CascadeRoIHead(nn.Module):
         boxes = [p.boxes for p in proposals]
         for i, weight in enumerate(self.stage_loss_weights):
             head: Any = self.bbox_head[i]
-            sampled = [
-                sample_rois(b, s, self.assigners[i], self.samplers[i], head.num_classes)
-                for b, s in zip(boxes, samples, strict=True)]
+            sampled = sample_rois(boxes, samples, self.assigners[i], self.samplers[i], head.num_classes)
             rois = boxes_to_rois([s.boxes for s in sampled])
             logits, deltas = head(self.bbox_roi_extractor(features, rois))
             stage = head.loss(logits, deltas, sampled, samples)
@@ -71,36 +69,31 @@ class CascadeRoIHead(nn.Module):
                     self.mask_sizes[i])
             losses |= {f's{i}.{k}': v * weight if 'loss' in k else v for k, v in stage.items()}
             if i + 1 < len(self.bbox_head):
-                counts = [len(s.boxes) for s in sampled]
                 with torch.no_grad():
-                    # The objects themselves are left out: the next stage adds them anew.
-                    boxes = [
-                        head.refine(*image, s.labels, sample.img_shape)[~s.is_object]
-                        for *image, s, sample in zip(
-                            logits.split(counts), deltas.split(counts), [s.boxes for s in sampled],
-                            sampled, samples)]
+                    labels = torch.cat([s.labels for s in sampled])
+                    refined = head.refine(logits, deltas, rois, labels, samples)
+                # The objects themselves are left out: the next stage adds them anew.
+                boxes = [
+                    part[~s.is_object]
+                    for part, s in zip(refined.split([len(s.boxes) for s in sampled]), sampled)]
         return losses
 
     def predict(
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> list[dict[str, Any]]:
         """Detections of each image: the last stage's boxes, with the mean of all stages' logits."""
-        boxes = [p.boxes for p in proposals]
-        counts = [len(b) for b in boxes]
+        rois = boxes_to_rois([p.boxes for p in proposals])
         all_logits = []
         for i, stage in enumerate(self.bbox_head):
             head: Any = stage
-            logits, deltas = head(self.bbox_roi_extractor(features, boxes_to_rois(boxes)))
+            logits, deltas = head(self.bbox_roi_extractor(features, rois))
             all_logits.append(logits)
             if i + 1 < len(self.bbox_head):
-                background = [logits.new_full((n,), head.num_classes, dtype=torch.int64) for n in counts]
-                boxes = [
-                    head.refine(*image, sample.img_shape) for *image, sample in zip(
-                        logits.split(counts), deltas.split(counts), boxes, background, samples)]
+                background = torch.full((len(rois),), head.num_classes, device=rois.device)
+                boxes = head.refine(logits, deltas, rois, background, samples)
+                rois = torch.cat([rois[:, :1], boxes], dim=1)
         scores = torch.stack(all_logits).mean(dim=0).softmax(dim=1)
-        detections = [
-            head.predict(*image, sample, self.test_cfg)
-            for *image, sample in zip(scores.split(counts), deltas.split(counts), boxes, samples)]
+        detections = head.predict(scores, deltas, rois, samples, self.test_cfg)
         mask_heads = list(self.mask_head) if self.mask_head is not None else []
         return results_of(
             features, detections, samples, self.mask_roi_extractor, mask_heads,

@@ -3,6 +3,7 @@
 ``K`` sampled RoIs of an image, ``P`` positive ones, ``G`` objects.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,25 +42,26 @@ class Detections(NamedTuple):
 
 
 def sample_rois(
-    proposals: Tensor, sample: DataSample, assigner: Any, sampler: Any, num_classes: int
-) -> SampledRoIs:
-    """Assign proposals (n, 4), and the objects themselves if the sampler says so, and sample."""
-    assigned = assigner.assign(proposals, sample.boxes, sample.ignored_boxes)
-    is_object = torch.zeros(len(proposals), dtype=torch.bool, device=proposals.device)
-    if sampler.add_gt_as_proposals:
-        # Each stands for itself. They take no part above, where they would be every object's best box.
-        proposals = torch.cat([sample.boxes.to(proposals.dtype), proposals])
-        is_object = torch.cat([is_object.new_ones(len(sample.boxes)), is_object])
-        assigned = torch.cat([torch.arange(len(sample.boxes), device=assigned.device), assigned])
-    positive, negative = sampler.sample(assigned)
-    chosen = torch.cat([positive, negative])
-    matched = assigned[positive]
-    background = sample.labels.new_full((len(negative),), num_classes)
-    return SampledRoIs(
-        boxes=proposals[chosen],
-        labels=torch.cat([sample.labels[matched], background]),
-        matched=matched,
-        is_object=is_object[chosen])
+    proposals: Sequence[Tensor], samples: Sequence[DataSample], assigner: Any, sampler: Any, num_classes: int
+) -> list[SampledRoIs]:
+    """Of each image assign proposals (n_i, 4), and the objects if the sampler says so, and sample."""
+    candidates, assigned = list(proposals), []
+    for i, sample in enumerate(samples):
+        assigned.append(assigner.assign(candidates[i], sample.boxes, sample.ignored_boxes))
+        if sampler.add_gt_as_proposals:
+            # Each stands for itself. They take no part above, where they would be every object's best box.
+            candidates[i] = torch.cat([sample.boxes.to(candidates[i].dtype), candidates[i]])
+            assigned[i] = torch.cat([torch.arange(len(sample.boxes), device=assigned[i].device), assigned[i]])
+    found = []
+    for i, (positive, negative) in enumerate(sampler.sample(assigned)):
+        chosen, matched = torch.cat([positive, negative]), assigned[i][positive]
+        labels, num_objects = samples[i].labels, len(candidates[i]) - len(proposals[i])
+        found.append(SampledRoIs(
+            boxes=candidates[i][chosen],
+            labels=torch.cat([labels[matched], labels.new_full((len(negative),), num_classes)]),
+            matched=matched,
+            is_object=chosen < num_objects))
+    return found
 
 
 def mask_loss(

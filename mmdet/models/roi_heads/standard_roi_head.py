@@ -44,9 +44,8 @@ class StandardRoIHead(nn.Module):
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> dict[str, Tensor]:
         """``loss_cls``, ``loss_bbox``, ``acc`` and, with a mask head, ``loss_mask``."""
-        sampled = [
-            sample_rois(p.boxes, s, self.assigner, self.sampler, self.bbox_head.num_classes)
-            for p, s in zip(proposals, samples, strict=True)]
+        sampled = sample_rois(
+            [p.boxes for p in proposals], samples, self.assigner, self.sampler, self.bbox_head.num_classes)
         logits, deltas = self.bbox_head(
             self.bbox_roi_extractor(features, boxes_to_rois([s.boxes for s in sampled])))
         losses = self.bbox_head.loss(logits, deltas, sampled, samples)
@@ -59,13 +58,9 @@ class StandardRoIHead(nn.Module):
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> list[dict[str, Any]]:
         """Detections of each image in pixels of the original: boxes, scores, labels and masks (COCO RLE)."""
-        boxes = [p.boxes for p in proposals]
-        logits, deltas = self.bbox_head(self.bbox_roi_extractor(features, boxes_to_rois(boxes)))
-        counts = [len(b) for b in boxes]
-        scores = logits.softmax(dim=1)
-        detections = [
-            self.bbox_head.predict(*image, sample, self.test_cfg)
-            for *image, sample in zip(scores.split(counts), deltas.split(counts), boxes, samples)]
+        rois = boxes_to_rois([p.boxes for p in proposals])
+        logits, deltas = self.bbox_head(self.bbox_roi_extractor(features, rois))
+        detections = self.bbox_head.predict(logits.softmax(dim=1), deltas, rois, samples, self.test_cfg)
         mask_heads = [self.mask_head] if self.mask_head is not None else []
         return results_of(
             features, detections, samples, self.mask_roi_extractor, mask_heads,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmdet.registry import TASK_UTILS
+from mmdet.structures.boxes import tensor_like
 
 
 def grid_cells(level: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,17 +50,14 @@ class AnchorGenerator:
             raise ValueError(f'anchor_generator.strides={self.strides} does not fit {len(features)} levels')
         anchors = []
         for stride, level in zip(self.strides, features):
-            base = self.base_anchors(stride).to(level.device, dtype)
+            base = self.base_anchors(stride).to(level.device, dtype, non_blocking=True)
             shift = (grid_cells(level, dtype) * stride).repeat(1, 2)
             anchors.append((shift[:, None] + base).view(-1, 4))
         return anchors
 
-    def valid_flags(self, features: list[Tensor], pad_shape: tuple[int, int]) -> Tensor:
-        """Which anchors (sum of H_i * W_i * A,) of a batch belong to cells of an image of ``pad_shape``."""
-        flags = []
-        for stride, level in zip(self.strides, features):
-            height, width = level.shape[2:]
-            y = torch.arange(height, device=level.device) < -(-pad_shape[0] // stride)
-            x = torch.arange(width, device=level.device) < -(-pad_shape[1] // stride)
-            flags.append((y[:, None] & x).flatten().repeat_interleave(self.num_anchors))
-        return torch.cat(flags)
+    def valid_flags(self, features: list[Tensor], pad_shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Which anchors (N, sum of H_i * W_i * A) of a batch belong to cells that begin in ``pad_shapes``."""
+        corners = torch.cat([
+            grid_cells(level, torch.float32) * stride for stride, level in zip(self.strides, features)])
+        shapes = tensor_like(pad_shapes, corners).flip(1)
+        return (corners < shapes[:, None]).all(dim=2).repeat_interleave(self.num_anchors, dim=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmdet.registry import TASK_UTILS
-from mmdet.structures.boxes import clip_boxes
+from mmdet.structures.boxes import clip_boxes, tensor_like
 
 # exp() of more would be a box 62.5 times the proposal's size.
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
@@ -37,20 +37,24 @@ class DeltaXYWHBBoxCoder:
         centre = (proposals[:, :2] + proposals[:, 2:]) * 0.5
         target_centre = (targets[:, :2] + targets[:, 2:]) * 0.5
         deltas = torch.cat([(target_centre - centre) / size, (target_size / size).log()], dim=1)
-        return (deltas - deltas.new_tensor(self.means)) / deltas.new_tensor(self.stds)
+        return (deltas - tensor_like(self.means, deltas)) / tensor_like(self.stds, deltas)
 
-    def decode(self, proposals: Tensor, deltas: Tensor, max_shape: tuple[int, int]) -> Tensor:
-        """Boxes (..., 4) from proposals and deltas (..., 4) that broadcast, cut at (height, width)."""
-        deltas = deltas * deltas.new_tensor(self.stds) + deltas.new_tensor(self.means)
+    def decode(self, proposals: Tensor, deltas: Tensor, max_shape: Sequence[int] | Tensor) -> Tensor:
+        """Boxes (..., 4) from proposals and deltas (..., 4), cut at (height, width) or (..., 2) of each.
+
+        All three broadcast.
+        """
+        deltas = deltas * tensor_like(self.stds, deltas) + tensor_like(self.means, deltas)
         size = proposals[..., 2:] - proposals[..., :2]
         centre = (proposals[..., :2] + proposals[..., 2:]) * 0.5 + size * deltas[..., :2]
         half = size * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * 0.5
         return self.clip(torch.cat([centre - half, centre + half], dim=-1), max_shape)
 
-    def clip(self, boxes: Tensor, max_shape: tuple[int, int]) -> Tensor:
-        """Boxes (..., 4) cut off at an image of (height, width)."""
+    def clip(self, boxes: Tensor, max_shape: Sequence[int] | Tensor) -> Tensor:
+        """Boxes (..., 4) cut off at (height, width), or (..., 2) of each."""
         return clip_boxes(boxes, max_shape)
 
-    def to_original(self, boxes: Tensor, scale_factor: tuple[float, float]) -> Tensor:
-        """Boxes (..., 4) of an image resized by (w, h) in pixels of the original."""
-        return boxes / boxes.new_tensor(scale_factor).repeat(2)
+    def to_original(self, boxes: Tensor, scale_factor: Sequence[float] | Tensor) -> Tensor:
+        """Boxes (..., 4) of images resized by (w, h), or (..., 2) of each, in pixels of the original."""
+        scale = tensor_like(scale_factor, boxes)
+        return boxes / torch.cat([scale, scale], dim=-1)

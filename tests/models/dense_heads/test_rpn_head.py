@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from mmdet.models.dense_heads.rpn_head import RPNHead
-from mmdet.models.task_modules.assigner import MaxIoUAssigner
+from mmdet.models.task_modules.assigner import BACKGROUND, IGNORED, MaxIoUAssigner
 
 EVERYTHING = 10**6
 PROPOSALS = dict(nms_pre=50, max_per_img=60, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
@@ -96,9 +96,9 @@ def test_an_object_at_the_border_keeps_its_best_anchor_inside(make_sample: Calla
     overlaps = torchvision.ops.box_iou(anchors, sample.boxes)[:, 0]
     inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < 96) & (anchors[:, 3] < 64)
     assert overlaps.max() > overlaps[inside].max() + 0.05 and 0.3 < overlaps[inside].max() < 0.7
-    positive, _, matched = head._sample_anchors(anchors, torch.ones(len(anchors), dtype=torch.bool), sample)
+    assigned = head._assign(anchors, torch.ones(len(anchors), dtype=torch.bool), sample)
     best = inside & (overlaps == overlaps[inside].max())
-    assert torch.equal(positive, best.nonzero()[:, 0]) and matched.tolist() == [0] * len(positive)
+    assert torch.equal(assigned == 0, best) and (assigned.unique().tolist() == [IGNORED, BACKGROUND, 0])
 
 
 def test_the_sampler_decides_how_many_anchors_count(make_sample: Callable) -> None:

@@ -9,6 +9,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 from mmdet.models.roi_heads.bbox_head import ConvFCBBoxHead
 from mmdet.models.roi_heads.stage import SampledRoIs
+from mmdet.structures.boxes import boxes_to_rois
 from mmdet.structures.data_sample import DataSample
 
 CODER = BoxCoder((10., 10., 5., 5.))
@@ -98,19 +99,34 @@ def test_detections_written_out(agnostic: bool, limit: int) -> None:
         decoded, score = decoded[chosen], scores[chosen, label]
         expected += [(score[k].item(), label, decoded[k]) for k in torchvision.ops.nms(decoded, score, 0.5)]
     expected = sorted(expected, key=lambda row: -row[0])[:limit]
-    _, found, found_scores, labels = head.predict(scores, deltas, boxes, SAMPLE, dict(CFG, max_per_img=limit))
+    cfg, rois = dict(CFG, max_per_img=limit), boxes_to_rois([boxes])
+    [(_, found, found_scores, labels)] = head.predict(scores, deltas, rois, [SAMPLE], cfg)
     assert labels.tolist() == [label for _, label, _ in expected]
     assert len(expected) > 5
     torch.testing.assert_close(found_scores, torch.tensor([score for score, _, _ in expected]))
     torch.testing.assert_close(found, torch.stack([box for _, _, box in expected]), rtol=0, atol=1e-4)
 
 
+def test_images_do_not_meet() -> None:
+    """Each image's detections are those it has alone, in its own size and scale."""
+    head = make_head()
+    other = DataSample(img_id=2, img_path='', ori_shape=(25, 30), img_shape=(50, 60), scale_factor=(2.0, 2.0))
+    samples, boxes = [SAMPLE, other, SAMPLE], [random_boxes(40), random_boxes(30), random_boxes(0)]
+    boxes[1][:20] = boxes[0][:20]
+    scores, deltas = (torch.randn(70, 6) * 2).softmax(1), torch.randn(70, 20) * 0.3
+    found = head.predict(scores, deltas, boxes_to_rois(boxes), samples, CFG)
+    for i, rows in enumerate((slice(0, 40), slice(40, 70), slice(70, 70))):
+        [alone] = head.predict(scores[rows], deltas[rows], boxes_to_rois([boxes[i]]), [samples[i]], CFG)
+        assert all(torch.equal(a, b) for a, b in zip(found[i], alone, strict=True))
+    assert len(found[0].scores) > 5 and len(found[1].scores) > 5
+
+
 def test_background_is_no_detection() -> None:
     scores = torch.tensor([[0.01] * 5 + [0.95]])
-    found = make_head().predict(scores, torch.zeros(1, 20), random_boxes(1), SAMPLE, CFG)
-    assert [tuple(x.shape) for x in found] == [(0, 4), (0, 4), (0,), (0,)]
-    found = make_head().predict(torch.zeros(0, 6), torch.zeros(0, 20), random_boxes(0), SAMPLE, CFG)
-    assert [tuple(x.shape) for x in found] == [(0, 4), (0, 4), (0,), (0,)]
+    for count in (1, 0):
+        rois = boxes_to_rois([random_boxes(count)])
+        [found] = make_head().predict(scores[:count], torch.zeros(count, 20), rois, [SAMPLE], CFG)
+        assert [tuple(x.shape) for x in found] == [(0, 4), (0, 4), (0,), (0,)]
 
 
 def test_initial_weights() -> None:

@@ -15,34 +15,35 @@ def test_objects_come_before_proposals(make_sample: Callable) -> None:
     sample = make_sample([[10., 10., 30., 30.], [40., 10., 60., 50.]], labels=[3, 1])
     proposals = torch.tensor(
         [[0., 0., 5., 5.], [41., 11., 60., 50.], [70., 0., 90., 9.], [11., 10., 30., 30.]])
-    found = sample_rois(proposals, sample, ASSIGNER, RandomSampler(100, 0.5, add_gt_as_proposals=True), 5)
+    sampler = RandomSampler(100, 0.5, add_gt_as_proposals=True)
+    [found] = sample_rois([proposals], [sample], ASSIGNER, sampler, 5)
     assert torch.equal(found.boxes, torch.cat([sample.boxes, proposals[[1, 3, 0, 2]]]))
     assert found.labels.tolist() == [3, 1, 1, 3, 5, 5]
     assert found.matched.tolist() == [0, 1, 1, 0]
     assert found.is_object.tolist() == [True, True, False, False, False, False]
-    without = sample_rois(proposals, sample, ASSIGNER, RandomSampler(100, 0.5), 5)
+    [without] = sample_rois([proposals], [sample], ASSIGNER, RandomSampler(100, 0.5), 5)
     assert torch.equal(without.boxes, proposals[[1, 3, 0, 2]]) and not without.is_object.any()
 
 
 def test_objects_stand_for_themselves(make_sample: Callable) -> None:
     sampler = RandomSampler(100, 0.5, add_gt_as_proposals=True)
     twins = make_sample([[10., 10., 30., 30.], [10., 10., 30., 30.]], labels=[3, 1])
-    assert sample_rois(torch.zeros(0, 4), twins, ASSIGNER, sampler, 5).labels.tolist() == [3, 1]
+    assert sample_rois([torch.zeros(0, 4)], [twins], ASSIGNER, sampler, 5)[0].labels.tolist() == [3, 1]
     # The proposal overlaps the first most (0.8), but is the best that the second has (0.51).
     sample = make_sample([[0., 0., 10., 10.], [0., 0., 10., 6.4]], labels=[3, 1])
     proposal = torch.tensor([[0., 0., 10., 12.5]])
-    assert sample_rois(proposal, sample, ASSIGNER, sampler, 5).labels.tolist() == [3, 1, 1]
+    assert sample_rois([proposal], [sample], ASSIGNER, sampler, 5)[0].labels.tolist() == [3, 1, 1]
     strict = MaxIoUAssigner(0.5, 0.5, 0.5, match_low_quality=False)
-    assert sample_rois(proposal, sample, strict, sampler, 5).labels.tolist() == [3, 1, 3]
+    assert sample_rois([proposal], [sample], strict, sampler, 5)[0].labels.tolist() == [3, 1, 3]
 
 
 def test_crowds_alone_are_background(make_sample: Callable) -> None:
     proposals = torch.tensor([[0., 0., 20., 20.], [50., 50., 60., 60.]])
     sample = make_sample([], crowd=[[0., 0., 30., 30.]])
     sampler = RandomSampler(100, 0.5, add_gt_as_proposals=True)
-    assert sample_rois(proposals, sample, ASSIGNER, sampler, 5).labels.tolist() == [5, 5]
+    assert sample_rois([proposals], [sample], ASSIGNER, sampler, 5)[0].labels.tolist() == [5, 5]
     shielding = MaxIoUAssigner(0.5, 0.5, 0.5, ignore_iof_thr=0.5)
-    assert torch.equal(sample_rois(proposals, sample, shielding, sampler, 5).boxes, proposals[1:])
+    assert torch.equal(sample_rois([proposals], [sample], shielding, sampler, 5)[0].boxes, proposals[1:])
 
 
 def test_detections_are_in_pixels_of_the_original(make_sample: Callable) -> None:

@@ -43,9 +43,9 @@ def test_valid_flags_by_hand() -> None:
     # 10 x 8 pixels: ceil(10 / 4) = 3 and 2 rows, 2 and 1 columns; two anchors a cell.
     first = torch.tensor([[1, 1, 0, 0]] * 3).flatten().repeat_interleave(2)
     second = torch.tensor([[1, 0]] * 2).flatten().repeat_interleave(2)
-    found = generator.valid_flags(features, (10, 8))
+    found = generator.valid_flags(features, [(10, 8), (12, 16)])
     assert found.dtype == torch.bool
-    assert found.int().tolist() == torch.cat([first, second]).tolist()
+    assert found.int().tolist() == [torch.cat([first, second]).tolist(), [1] * (12 + 4) * 2]
 
 
 def test_levels_must_fit_the_strides() -> None:

@@ -25,25 +25,40 @@ def assignment(positives: int, negatives: int, ignored: int = 5) -> torch.Tensor
 ])
 def test_numbers(positives: int, negatives: int, options: dict, expected: tuple[int, int]) -> None:
     assigned = assignment(positives, negatives)
-    positive, negative = RandomSampler(**options).sample(assigned)
+    [(positive, negative)] = RandomSampler(**options).sample([assigned])
     assert (len(positive), len(negative)) == expected
     assert (assigned[positive] >= 0).all() and (assigned[negative] == BACKGROUND).all()
     chosen = torch.cat([positive, negative])
     assert len(chosen.unique()) == len(chosen)
 
 
-def test_each_is_as_likely() -> None:
+def test_images_are_sampled_one_by_one() -> None:
+    assigned = [assignment(10, 50), assignment(0, 7), assignment(2, 0), torch.zeros(0, dtype=torch.int64)]
+    found = RandomSampler(12, 0.25).sample(assigned)
+    assert [(len(p), len(n)) for p, n in found] == [(3, 9), (0, 7), (2, 0), (0, 0)]
+    for image, (positive, negative) in zip(assigned, found):
+        assert (image[positive] >= 0).all() and (image[negative] == BACKGROUND).all()
+
+
+@pytest.mark.parametrize('num', [5, 19])
+def test_each_is_as_likely(num: int) -> None:
     counts = torch.zeros(20)
     for _ in range(2000):
-        counts[random_choice(torch.arange(20), 5)] += 1
-    # 500 each; the standard deviation is sqrt(2000 * 1/4 * 3/4) = 19.
-    assert (counts - 500).abs().max() < 90
+        chosen = random_choice(20, num)
+        assert len(chosen.unique()) == num
+        counts[chosen] += 1
+    # Of 5: 500 each; the standard deviation is sqrt(2000 * 1/4 * 3/4) = 19.
+    assert (counts - 100 * num).abs().max() < 90
+
+
+def test_the_order_is_random_too() -> None:
+    first = torch.stack([random_choice(4, 3)[0] for _ in range(1000)]).bincount(minlength=4)
+    assert (first - 250).abs().max() < 70  # the standard deviation is 14
 
 
 def test_a_seed_means_the_same_choice() -> None:
-    indices = torch.arange(100)
     torch.manual_seed(3)
-    first = random_choice(indices, 10)
+    first = random_choice(100, 10)
     torch.manual_seed(3)
-    assert torch.equal(first, random_choice(indices, 10))
-    assert not torch.equal(first, random_choice(indices, 10))
+    assert torch.equal(first, random_choice(100, 10))
+    assert not torch.equal(first, random_choice(100, 10))

@@ -1,4 +1,5 @@
-// Greedy NMS on CUDA: all overlaps at once as bits, then one block walks through them. Soft-NMS: one block.
+// Greedy NMS on CUDA: a block takes all boxes of a group, 64 at a time, and keeps those that overlap none it has kept.
+// Soft-NMS: one block.
 #include "../nms.h"
 
 #include <ATen/ATen.h>
@@ -12,89 +13,85 @@
 namespace mmdet {
 namespace {
 
-using Word = unsigned long long;  // the overlaps of one box with 64 others
+using Word = unsigned long long;  // a bit for each box of a tile
 
-constexpr int kBits = 64;
+constexpr int kTile = 64;
 constexpr int kThreads = 1024;
-constexpr int64_t kMaxWords = 5888;  // the removed flags, 46 KiB of shared memory
+constexpr int kStrips = kThreads / kTile;  // threads that share a box of a tile
 
-// Bit b of mask[i * words + column] says that box i suppresses box column * 64 + b, which comes after it.
-// Words left of the diagonal are not written.
+// Whether b, which comes after a, has to go if a is kept.
 template <typename T>
-__global__ void overlap_kernel(int64_t size, const T* boxes, const int64_t* groups, T threshold, Word* mask) {
-  const int64_t row = blockIdx.y, column = blockIdx.x;
-  if (row > column) {
-    return;
-  }
-  __shared__ T others[kBits][5];
-  __shared__ int64_t other_groups[kBits];
-  const int lane = threadIdx.x;
-  const int64_t other = column * kBits + lane;
-  if (other < size) {
-    const T* box = boxes + 4 * other;
-    for (int side = 0; side < 4; ++side) {
-      others[lane][side] = box[side];
-    }
-    others[lane][4] = product(box[2] - box[0], box[3] - box[1]);
-    other_groups[lane] = groups ? groups[other] : 0;
-  }
-  __syncthreads();
-  const int64_t i = row * kBits + lane;
-  if (i >= size) {
-    return;
-  }
-  const T* box = boxes + 4 * i;
-  const T area = product(box[2] - box[0], box[3] - box[1]);
-  const int64_t group = groups ? groups[i] : 0;
-  const int count = static_cast<int>(size - column * kBits < kBits ? size - column * kBits : kBits);
-  Word word = 0;
-  for (int b = row == column ? lane + 1 : 0; b < count; ++b) {
-    const T* that = others[b];
-    const T inter = intersection(box[0], box[1], box[2], box[3], that[0], that[1], that[2], that[3]);
-    if (group == other_groups[b] && inter / (area + that[4] - inter) > threshold) {
-      word |= Word(1) << b;
-    }
-  }
-  mask[i * gridDim.x + column] = word;
+__device__ __forceinline__ bool overlaps(const T* a, const T* b, T threshold) {
+  const T area_a = product(a[2] - a[0], a[3] - a[1]), area_b = product(b[2] - b[0], b[3] - b[1]);
+  const T inter = intersection(a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]);
+  return inter / (area_a + area_b - inter) > threshold;
 }
 
-// One block. Boxes come by decreasing score; a box that nothing kept removes is kept and removes what it overlaps.
-__global__ void select_kernel(int64_t size, int words, const Word* mask, const bool* valid, bool* keep) {
-  extern __shared__ Word removed[];
-  __shared__ Word diagonal[kBits];
-  for (int j = threadIdx.x; j < words; j += blockDim.x) {
-    Word word = 0;
-    for (int b = 0; b < kBits && j * int64_t(kBits) + b < size; ++b) {
-      word |= Word(!valid[j * int64_t(kBits) + b]) << b;
+// Boxes come by group, in each by decreasing score. A block takes the groups that begin among 64 boxes, one after
+// another; `kept` has the boxes that it has kept of a group, from where the group begins.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) nms_kernel(
+    int64_t size, const T* boxes, const int64_t* groups, const bool* valid, T threshold, T* kept, bool* keep) {
+  __shared__ T tile[kTile][4];
+  __shared__ Word later[kTile];  // the later boxes of the tile that a box removes
+  __shared__ Word removed;
+  const int lane = threadIdx.x % kTile, strip = threadIdx.x / kTile;
+  const int64_t begin = blockIdx.x * int64_t{kTile}, end = min(begin + kTile, size);
+  const auto same_group = [&](int64_t i, int64_t j) { return !groups || groups[i] == groups[j]; };
+  for (int64_t start = begin; start < end; ++start) {
+    if (start > 0 && same_group(start - 1, start)) {
+      continue;
     }
-    removed[j] = word;
-  }
-  for (int j = 0; j < words; ++j) {
-    const int64_t first = j * int64_t(kBits);
-    const int count = static_cast<int>(size - first < kBits ? size - first : kBits);
-    if (threadIdx.x < count) {
-      diagonal[threadIdx.x] = mask[(first + threadIdx.x) * words + j];
-    }
-    __syncthreads();
-    Word word = removed[j];  // every thread settles these 64 boxes by itself
-    for (int b = 0; b < count; ++b) {
-      if (!(word >> b & 1)) {
-        word |= diagonal[b];
+    int64_t count = 0;
+    for (int64_t first = start; first < size && same_group(first, start); first += kTile) {
+      const int64_t i = first + lane;
+      const bool inside = i < size && same_group(i, start);
+      if (threadIdx.x == 0) {
+        removed = 0;
       }
-    }
-    if (threadIdx.x < count) {
-      keep[first + threadIdx.x] = !(word >> threadIdx.x & 1);
-    }
-    for (int later = j + 1 + threadIdx.x; later < words; later += blockDim.x) {
-      Word flags = removed[later];
-      for (int b = 0; b < count; ++b) {
-        if (!(word >> b & 1)) {
-          flags |= mask[(first + b) * words + later];
+      if (strip == 0) {
+        later[lane] = 0;
+        for (int side = 0; side < 4; ++side) {
+          tile[lane][side] = inside ? boxes[4 * i + side] : T(0);
         }
       }
-      removed[later] = flags;
+      __syncthreads();
+      bool gone = !inside || !valid[i];
+      if (inside) {
+#pragma unroll 4
+        for (int64_t j = strip; j < count; j += kStrips) {
+          gone |= overlaps(kept + 4 * (start + j), tile[lane], threshold);
+        }
+      }
+      Word word = 0;
+      for (int b = strip; b < kTile; b += kStrips) {
+        if (b > lane && overlaps(tile[lane], tile[b], threshold)) {
+          word |= Word(1) << b;
+        }
+      }
+      if (gone) {
+        atomicOr(&removed, Word(1) << lane);
+      }
+      if (word) {
+        atomicOr(&later[lane], word);
+      }
+      __syncthreads();
+      Word alive = 0;  // every thread settles the tile by itself
+      for (Word left = ~removed; left;) {
+        const int b = __ffsll(left) - 1;
+        alive |= Word(1) << b;
+        left &= ~(later[b] | Word(1) << b);
+      }
+      if (strip == 0 && alive >> lane & 1) {
+        const int64_t place = start + count + __popcll(alive & ((Word(1) << lane) - 1));
+        for (int side = 0; side < 4; ++side) {
+          kept[4 * place + side] = tile[lane][side];
+        }
+        keep[i] = true;
+      }
+      count += __popcll(alive);
+      __syncthreads();  // before others read what was kept, and the tile is overwritten
     }
-    __syncthreads();
   }
 }
 
@@ -104,33 +101,35 @@ at::Tensor nms(
   check_nms("nms", boxes, scores);
   check_groups(boxes, groups);
   const c10::cuda::CUDAGuard guard(boxes.device());
-  const int64_t size = boxes.size(0), words = (size + kBits - 1) / kBits;
+  const int64_t size = boxes.size(0);
   if (size == 0) {
     return at::empty({0}, boxes.options().dtype(at::kLong));
   }
-  TORCH_CHECK_VALUE(words <= kMaxWords, "nms: at most ", kMaxWords * kBits, " boxes on CUDA, got ", size);
   // NaN would sort first: it goes last here, and is not valid.
   const auto nan = scores.isnan();
-  const auto order = std::get<1>(
+  const auto by_score = std::get<1>(
       scores.masked_fill(nan, -std::numeric_limits<double>::infinity()).sort(/*stable=*/true, 0, /*descending=*/true));
+  at::Tensor order = by_score, place, sorted_groups;  // by group; its place by score
+  if (groups) {
+    std::tie(sorted_groups, place) = groups->index_select(0, by_score).sort(/*stable=*/true, 0, /*descending=*/false);
+    order = by_score.index_select(0, place);
+  }
   const auto valid = nan.index_select(0, order).logical_not();
   const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto sorted = boxes.to(type).index_select(0, order);
-  const auto sorted_groups = groups ? groups->index_select(0, order) : at::Tensor();
-  const auto mask = at::empty({size, words}, boxes.options().dtype(at::kLong));
-  auto keep = at::empty({size}, boxes.options().dtype(at::kBool));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  Word* bits = reinterpret_cast<Word*>(mask.mutable_data_ptr<int64_t>());
+  auto kept = at::empty_like(sorted);
+  auto keep = at::zeros({size}, boxes.options().dtype(at::kBool));
   AT_DISPATCH_FLOATING_TYPES(type, "nms", [&] {
-    overlap_kernel<scalar_t><<<dim3(words, words), kBits, 0, stream>>>(
+    nms_kernel<scalar_t><<<(size + kTile - 1) / kTile, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         size, sorted.const_data_ptr<scalar_t>(), groups ? sorted_groups.const_data_ptr<int64_t>() : nullptr,
-        round_down<scalar_t>(iou_threshold), bits);
+        valid.const_data_ptr<bool>(), round_down<scalar_t>(iou_threshold), kept.mutable_data_ptr<scalar_t>(),
+        keep.mutable_data_ptr<bool>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  select_kernel<<<1, kThreads, words * sizeof(Word), stream>>>(
-      size, static_cast<int>(words), bits, valid.const_data_ptr<bool>(), keep.mutable_data_ptr<bool>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return order.masked_select(keep);  // the one wait for the GPU
+  if (groups) {
+    keep = at::empty_like(keep).scatter_(0, place, keep);
+  }
+  return by_score.masked_select(keep);  // the one wait for the GPU
 }
 
 // The highest score, the lowest index among equals. No box is index < 0.
