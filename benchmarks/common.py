@@ -173,7 +173,8 @@ def machine() -> dict[str, Any]:
         cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)), load=os.getloadavg(), gpu=gpu,
-                torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M'))
+                torch=torch.__version__, python=platform.python_version(),
+                date=time.strftime('%Y-%m-%d %H:%M'))
 
 
 def write_json(args: argparse.Namespace, records: Sequence[dict[str, Any]]) -> None:

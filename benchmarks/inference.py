@@ -32,11 +32,11 @@ def plain(
     args: argparse.Namespace, config: str = PLAIN, amp: bool = False, fold: bool = False
 ) -> Step:
     from mmdet.models.layers.norm import fold_batch_norms
-    from mmdet.utils.env import setup_cpu
+    from mmdet.utils.env import setup_cpu, to_device
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
-    model.eval().to(args.device)
+    to_device(model.eval(), args.device)
     if fold:
         fold_batch_norms(model)
     batch = load_batch(cfg, 'test', args, int(args.case))

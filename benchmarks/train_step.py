@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 
 def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
-    from mmdet.utils.env import setup_cpu
+    from mmdet.utils.env import setup_cpu, to_device
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
-    model.to(args.device)
+    to_device(model, args.device)
     batch = load_batch(cfg, 'train', args, int(args.case))
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
 

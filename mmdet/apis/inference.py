@@ -16,6 +16,7 @@ from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.transforms import LoadImageFromFile
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.utils.config import load_config
+from mmdet.utils.env import to_device
 from mmdet.visualization import draw_detections, write_image
 
 Image = str | Path | np.ndarray
@@ -52,7 +53,7 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
     model.cfg = cfg
     metainfo = meta.get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO
     model.dataset_meta = dict(metainfo)
-    return model.to(device).eval()
+    return to_device(model, device).eval()
 
 
 def inference_detector(model: BaseModel,

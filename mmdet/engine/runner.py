@@ -11,6 +11,7 @@ from typing import Any
 import mmengine
 import torch
 import torch.distributed
+from mmengine.device import get_device
 from mmengine.dist import broadcast, master_only
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import mmdet
 from mmdet import checkpoint as checkpoint_file
+from mmdet.utils.env import to_device
 
 # What later epochs need of mmengine's message hub; all of it is plain.
 _HUB_KEYS = ('best_', 'keep_ckpt_ids')
@@ -54,7 +56,7 @@ class DetectionRunner(Runner):
             warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')
             if self.distributed and not torch.cuda.is_available():
                 return MMDistributedDataParallel(model, broadcast_buffers=False)
-            return super().wrap_model(model_wrapper_cfg, model)
+            return super().wrap_model(model_wrapper_cfg, to_device(model, get_device()))
 
     @property
     def bare_model(self) -> nn.Module:

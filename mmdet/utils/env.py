@@ -1,4 +1,4 @@
-"""The process's share of the machine: threads and memory."""
+"""The process's share of the machine: threads, memory and device."""
 
 import ctypes
 import gc
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -51,6 +52,15 @@ def setup_cpu() -> str:
         reason = 'OMP_NUM_THREADS'
     kept = not torch.cuda.is_available() and keep_memory()
     return f'threads: {threads} a process ({reason})' + (', malloc keeps memory' if kept else '')
+
+
+def to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Move a detector. On a GPU its convolutions' weights become channels-last, as its images are.
+
+    Else each step would bring weights and their gradients from one layout into the other.
+    """
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if torch.device(device).type == 'cuda' else model
 
 
 def keep_memory() -> bool:

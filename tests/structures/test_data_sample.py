@@ -5,7 +5,8 @@ from mmdet.structures.data_sample import DataSample
 
 
 def test_a_moved_sample_is_a_copy() -> None:
-    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4))
+    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4),
+                        labels=torch.ones(2, dtype=torch.int64))
     moved = sample.to(torch.device('meta'))
     assert moved.boxes.device.type == moved.labels.device.type == moved.ignored_boxes.device.type == 'meta'
     assert moved.masks is None and moved.img_shape == (8, 12)
@@ -14,9 +15,10 @@ def test_a_moved_sample_is_a_copy() -> None:
 
 @pytest.mark.cuda
 def test_a_pinned_sample_is_a_copy() -> None:
-    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4))
+    sample = DataSample(img_id=1, img_path='a', ori_shape=(4, 6), img_shape=(8, 12), boxes=torch.ones(2, 4),
+                        labels=torch.ones(2, dtype=torch.int64))
     pinned = sample.pin_memory()
-    assert pinned.boxes.is_pinned() and pinned.labels.is_pinned() and pinned.ignored_boxes.is_pinned()
+    assert pinned.boxes.is_pinned() and pinned.labels.is_pinned()
     assert pinned.masks is None and torch.equal(pinned.boxes, sample.boxes) and not sample.boxes.is_pinned()
 
 

@@ -68,3 +68,10 @@ print(next(int(line.split()[1]) for line in open('/proc/self/status') if line.st
 def test_another_c_library_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, 'CDLL', lambda name: object())
     assert env.keep_memory() is False
+
+
+def test_weights_lie_as_the_images_do(device: torch.device) -> None:
+    model = env.to_device(torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(2, 2)), device)
+    weight, _, matrix, _ = model.parameters()
+    assert weight.device.type == matrix.device.type == device.type
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (device.type == 'cuda')

@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
         x = blocked(x, [self.bn1]) if self.context_at is None else dense(x)
-        identity = self.downsample(x) if self.downsample is not None else x
+        identity = _shortcut(self.downsample, x)
         out = norm_relu(self.bn1, self.conv1(x))
         if self.context_at == 'after_conv1':
             out = self.context_block(out)
@@ -104,9 +104,8 @@ class Bottleneck(nn.Module):
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
         # After a context block x is dense. To bring it into blocks is a copy, and conv1's output is smaller.
         late = self.chained and self.context_at and not x.is_mkldnn
-        identity = inner = blocked(x, [self.bn1]) if self.chained and not late else dense(x)
-        if self.downsample is not None:
-            identity = self.downsample(inner)
+        inner = blocked(x, [self.bn1]) if self.chained and not late else dense(x)
+        identity = _shortcut(self.downsample, inner)
         out = self.conv1(inner)
         out = norm_relu(self.bn1, blocked(out, [self.bn1]) if late else out)
         if self.context_at == 'after_conv1':
@@ -130,6 +129,14 @@ def _downsample(
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
         build_norm(norm_cfg, out_channels))
+
+
+def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    """What is added to a block's branch: ``x``, or what ``downsample`` makes of it."""
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    return norm_relu(norm, conv(x), relu=False)
 
 
 def _max_pool(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet.models.layers.conv import blocked, dense
+from mmdet.models.layers.conv import blocked, conv_relu, dense
 from mmdet.models.task_modules.anchor_generator import grid_cells
 from mmdet.models.task_modules.assigner import IGNORED
 from mmdet.models.train_test_cfg import ProposalConfig, RPNTrainConfig
@@ -58,8 +58,10 @@ class RPNHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Levels (N, C, H_i, W_i) to objectness logits (N, A, H_i, W_i) and deltas (N, 4 * A, H_i, W_i)."""
-        hidden = [F.relu(self.rpn_conv(blocked(x)), inplace=True) for x in features]
-        return [dense(self.rpn_cls(x)) for x in hidden], [dense(self.rpn_reg(x)) for x in hidden]
+        hidden = [conv_relu(self.rpn_conv, blocked(x)) for x in features]
+        logits, deltas = (
+            [dense(conv_relu(conv, x, relu=False)) for x in hidden] for conv in (self.rpn_cls, self.rpn_reg))
+        return logits, deltas
 
     def loss(
         self, features: list[Tensor], samples: list[DataSample], proposal_cfg: ProposalConfig

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.norm import NormConfig, build_norm, is_fixed, norm_relu
+from mmdet.ops import context_fuse
 
 # On other processors oneDNN has other layouts, or none that pays.
 X86 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
@@ -38,10 +39,18 @@ class ConvModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H, W)."""
-        x = self.conv(x)
         if self.bn is not None:
-            return norm_relu(self.bn, x) if self.relu else self.bn(x)
-        return F.relu(x, inplace=True) if self.relu else x
+            return norm_relu(self.bn, self.conv(x), relu=self.relu)
+        return conv_relu(self.conv, x, self.relu)
+
+
+def conv_relu(conv: nn.Conv2d, x: Tensor, relu: bool = True) -> Tensor:
+    """``relu(conv(x))`` of (N, C, H, W). On a GPU bias and ReLU are one pass, in the backward pass too."""
+    if x.is_cuda and conv.bias is not None:
+        x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return context_fuse(x, None, conv.bias.expand(len(x), -1), None, relu)
+    x = conv(x)
+    return F.relu(x, inplace=True) if relu else x
 
 
 def blocked(x: Tensor, norms: Iterable[object] = ()) -> Tensor:

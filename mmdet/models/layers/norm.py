@@ -57,7 +57,9 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
-def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Tensor:
+def norm_relu(
+    norm: nn.Module, x: Tensor, identity: Tensor | None = None, relu: bool = True
+) -> Tensor:
     """``relu(norm(x) + identity)`` of (N, C, H, W); in one pass, if ``norm`` is a batch norm in eval mode.
 
     Of maps in oneDNN's layout (``blocked``) each has its own pass.
@@ -65,9 +67,10 @@ def norm_relu(norm: nn.Module, x: Tensor, identity: Tensor | None = None) -> Ten
     affine = None if x.is_mkldnn else affine_of(norm)
     if affine is None:
         x = norm(x)
-        return F.relu(x if identity is None else x.add_(identity), inplace=True)
+        x = x if identity is None else x.add_(identity)
+        return F.relu(x, inplace=True) if relu else x
     scale, shift = (part.expand(len(x), -1) for part in affine)
-    return context_fuse(x, scale, shift, identity, relu=True)
+    return context_fuse(x, scale, shift, identity, relu)
 
 
 def _apex_sync_batch_norm() -> type[nn.Module]:

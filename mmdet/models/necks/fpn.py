@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,8 @@ class FPN(nn.Module):
         """Levels (N, in_channels[i], H_i, W_i), fine to coarse, to (N, out_channels, H_i, W_i)."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] += F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+            with torch.autocast(laterals[i].device.type, enabled=False):  # which would copy in float32
+                laterals[i - 1] += F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
         while len(outputs) < self.num_outs:
             outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
