@@ -75,6 +75,22 @@ def test_batched_nms_is_nms_of_each_group(device):
     assert len(keep) > len(nms(boxes, scores, 0.4))
 
 
+def test_groups_of_any_size(device):
+    """A GPU takes 64 boxes at a time: groups begin and end inside and between."""
+    sizes = [1, 2, 60, 64, 65, 129, 3, 1000, 1]
+    groups = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])[torch.randperm(sum(sizes))]
+    boxes, scores = make_boxes(len(groups)), torch.randperm(len(groups)).float()
+    scores[::17] = torch.nan
+    expected = []
+    for i in range(len(sizes)):
+        members = ((groups == i) & ~scores.isnan()).nonzero()[:, 0]
+        expected.append(members[torchvision.ops.nms(boxes[members], scores[members], 0.5)])
+    kept = torch.cat(expected)
+    kept = kept[scores[kept].argsort(descending=True)]
+    found = batched_nms(boxes.to(device), scores.to(device), groups.to(device), 0.5)
+    assert torch.equal(found.cpu(), kept) and 100 < len(kept) < 1100
+
+
 def test_iou_of_exactly_the_threshold_stays(device):
     boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 2.1]], device=device)
     scores = torch.tensor([0.9, 0.8, 0.7], device=device)

@@ -1,9 +1,10 @@
-// Packs of 16 bytes and the sum of partial sums, for the global context kernels on CUDA.
+// Packs of 16 bytes, passes over channels_last maps and the sum of partial sums, for the global context kernels.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -52,6 +53,54 @@ void with_pack(bool packs, const F& f) {
 }
 
 constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kSteps = 16;     // positions that a thread takes, where the layout is channels_last
+constexpr int kUnderWay = 2;  // of which it loads so many before it computes
+
+// How a block passes over channels_last maps: threads side by side take a pack of channels each, `wide` of them a
+// position, and go on by `slices` positions.
+struct Rows {
+  int64_t area, columns, groups, chunks;  // packs of a position; blocks that share one, and blocks over positions
+  int wide, slices;
+
+  Rows(int64_t channels, int64_t area, int pack) : area(area), columns(channels / pack) {
+    wide = static_cast<int>(std::min<int64_t>(columns, kThreads));
+    slices = kThreads / wide;
+    groups = (columns + wide - 1) / wide;
+    chunks = (area + slices * kSteps - 1) / (slices * kSteps);
+  }
+};
+
+// What a thread of a block takes.
+struct Place {
+  int64_t image, column, first;
+  bool inside;
+
+  __device__ explicit Place(const Rows& rows) {
+    const int64_t chunk = blockIdx.x / rows.groups;
+    const int slice = threadIdx.x / rows.wide;
+    image = chunk / rows.chunks;
+    column = blockIdx.x % rows.groups * rows.wide + threadIdx.x % rows.wide;
+    first = chunk % rows.chunks * rows.slices * kSteps + slice;
+    inside = slice < rows.slices && column < rows.columns;
+  }
+
+  // The number of a step's position among those of all images; -1 behind the image's last.
+  __device__ int64_t row(const Rows& rows, int step) const {
+    const int64_t p = first + step * rows.slices;
+    return p < rows.area ? image * rows.area + p : -1;
+  }
+};
+
+// `value` where there is no data.
+template <int kPack, typename T>
+__device__ __forceinline__ Pack<T, kPack> load_or(const T* data, int64_t offset, T value) {
+  Pack<T, kPack> pack;
+  for (int j = 0; j < kPack; ++j) {
+    pack.value[j] = value;
+  }
+  return data ? load<kPack>(data + offset) : pack;
+}
 
 // The parts of a softmax: each has its own maximum (`tops`) and sum of exponentials (`totals`), and weighs by both.
 template <typename T>

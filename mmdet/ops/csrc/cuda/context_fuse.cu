@@ -13,39 +13,63 @@
 namespace mmdet {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSlices = kThreads / kWarp;  // warps of a block
-constexpr int kSteps = 16;                 // positions that a thread adds up, where the layout is channels_last
+template <typename scalar_t, typename T, int kPack>
+__device__ __forceinline__ Pack<scalar_t, kPack> fuse(
+    Pack<scalar_t, kPack> x, const Pack<T, kPack>& scale, const Pack<T, kPack>& shift,
+    const Pack<scalar_t, kPack>& identity, bool relu) {
+  for (int j = 0; j < kPack; ++j) {
+    T value = fma(static_cast<T>(x.value[j]), scale.value[j], shift.value[j]);
+    value += static_cast<T>(identity.value[j]);
+    x.value[j] = static_cast<scalar_t>(relu && value < T(0) ? T(0) : value);  // NaN stays
+  }
+  return x;
+}
 
-template <typename scalar_t, typename T, int kPack, bool kChannelsLast>
-__global__ void fuse_kernel(
-    int64_t packs, int64_t channels, int64_t area, const scalar_t* x, const T* scale, const T* shift,
-    const scalar_t* identity, bool relu, scalar_t* output) {
+// (N, C, P), a row of positions after the other.
+template <typename scalar_t, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) contiguous_kernel(
+    int64_t packs, int64_t area, const scalar_t* x, const T* scale, const T* shift, const scalar_t* identity, bool relu,
+    scalar_t* output) {
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < packs; i += int64_t{gridDim.x} * kThreads) {
+    const int64_t row = divide(i * kPack, area);
     Pack<T, kPack> m, a;
-    if (kChannelsLast) {
-      const int64_t row = divide(i * kPack, channels), n = divide(row, area);
-      const int64_t c = i * kPack - row * channels + n * channels;
-      m = load<kPack>(scale + c);
-      a = load<kPack>(shift + c);
-    } else {
-      const int64_t row = divide(i * kPack, area);
-      for (int j = 0; j < kPack; ++j) {
-        m.value[j] = scale[row];
-        a.value[j] = shift[row];
+    for (int j = 0; j < kPack; ++j) {
+      m.value[j] = scale ? scale[row] : T(1);
+      a.value[j] = shift ? shift[row] : T(0);
+    }
+    const auto other = load_or<kPack>(identity, i * kPack, scalar_t(0));
+    store(output + i * kPack, fuse(load<kPack>(x + i * kPack), m, a, other, relu));
+  }
+}
+
+// (N, P, C).
+template <typename scalar_t, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads, 3) channels_last_kernel(
+    const __grid_constant__ Rows rows, const scalar_t* __restrict__ x, const T* scale, const T* shift,
+    const scalar_t* __restrict__ identity, bool relu, scalar_t* __restrict__ output) {
+  const Place place(rows);
+  if (!place.inside) {
+    return;
+  }
+  const int64_t parameter = (place.image * rows.columns + place.column) * kPack;
+  const auto m = load_or<kPack>(scale, parameter, T(1)), a = load_or<kPack>(shift, parameter, T(0));
+  for (int step = 0; step < kSteps; step += kUnderWay) {
+    Pack<scalar_t, kPack> maps[kUnderWay], others[kUnderWay];
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      if (const int64_t row = place.row(rows, step + i); row >= 0) {
+        const int64_t offset = (row * rows.columns + place.column) * kPack;
+        maps[i] = load<kPack>(x + offset);
+        others[i] = load_or<kPack>(identity, offset, scalar_t(0));
       }
     }
-    auto pack = load<kPack>(x + i * kPack);
-    Pack<scalar_t, kPack> other = {};
-    if (identity) {
-      other = load<kPack>(identity + i * kPack);
+#pragma unroll
+    for (int i = 0; i < kUnderWay; ++i) {
+      if (const int64_t row = place.row(rows, step + i); row >= 0) {
+        const int64_t offset = (row * rows.columns + place.column) * kPack;
+        store(output + offset, fuse(maps[i], m, a, others[i], relu));
+      }
     }
-    for (int j = 0; j < kPack; ++j) {
-      T value = fma(static_cast<T>(pack.value[j]), m.value[j], a.value[j]);
-      value += static_cast<T>(other.value[j]);
-      pack.value[j] = static_cast<scalar_t>(relu && value < T(0) ? T(0) : value);  // NaN stays
-    }
-    store(output + i * kPack, pack);
   }
 }
 
@@ -56,15 +80,27 @@ struct Maps {
   scalar_t *grad_x, *masked;
 };
 
-// One pack: gradient through the ReLU, its products with x, the gradient of x.
+// A pack of each of the maps that are read.
+template <typename scalar_t, int kPack>
+struct Read {
+  Pack<scalar_t, kPack> grad, x, output;
+
+  __device__ __forceinline__ void load_from(const Maps<scalar_t>& maps, int64_t i) {
+    grad = load<kPack>(maps.grad + i);
+    x = load_or<kPack>(maps.x, i, scalar_t(0));
+    output = load_or<kPack>(maps.output, i, scalar_t(0));
+  }
+};
+
+// Gradient through the ReLU, its products with x, the gradient of x.
 template <typename scalar_t, typename T, int kPack>
 __device__ __forceinline__ void fuse_grad(
-    const Maps<scalar_t>& maps, int64_t i, const Pack<T, kPack>& scale, Pack<T, kPack>& sum, Pack<T, kPack>& dot) {
-  auto grad = load<kPack>(maps.grad + i);
+    const Maps<scalar_t>& maps, int64_t i, Read<scalar_t, kPack> read, const Pack<T, kPack>& scale,
+    Pack<T, kPack>& sum, Pack<T, kPack>& dot) {
+  auto& grad = read.grad;
   if (maps.output) {
-    const auto y = load<kPack>(maps.output + i);
     for (int j = 0; j < kPack; ++j) {
-      grad.value[j] = static_cast<T>(y.value[j]) > T(0) ? grad.value[j] : static_cast<scalar_t>(T(0));
+      grad.value[j] = static_cast<T>(read.output.value[j]) > T(0) ? grad.value[j] : static_cast<scalar_t>(T(0));
     }
     store(maps.masked + i, grad);
   }
@@ -72,28 +108,29 @@ __device__ __forceinline__ void fuse_grad(
     sum.value[j] += static_cast<T>(grad.value[j]);
   }
   if (maps.x) {
-    const auto x = load<kPack>(maps.x + i);
     for (int j = 0; j < kPack; ++j) {
       const T g = static_cast<T>(grad.value[j]);
-      dot.value[j] = fma(g, static_cast<T>(x.value[j]), dot.value[j]);
+      dot.value[j] = fma(g, static_cast<T>(read.x.value[j]), dot.value[j]);
       grad.value[j] = static_cast<scalar_t>(g * scale.value[j]);
     }
     store(maps.grad_x + i, grad);
   }
 }
 
-// (N, C, P): a block sums a row, one channel of an image. `dots` is null without scale.
+// (N, C, P): a block sums a row, one channel of an image. `dots` is null without x.
 template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
-    int64_t area, Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
+    int64_t area, const __grid_constant__ Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
   __shared__ T parts[2][kThreads];
   const int64_t row = blockIdx.x;
   Pack<T, kPack> factor, sum = {}, dot = {};
   for (int j = 0; j < kPack; ++j) {
-    factor.value[j] = scale[row];
+    factor.value[j] = scale ? scale[row] : T(1);
   }
   for (int64_t p = threadIdx.x * kPack; p < area; p += kThreads * kPack) {
-    fuse_grad(maps, row * area + p, factor, sum, dot);
+    Read<scalar_t, kPack> read;
+    read.load_from(maps, row * area + p);
+    fuse_grad(maps, row * area + p, read, factor, sum, dot);
   }
   parts[0][threadIdx.x] = parts[1][threadIdx.x] = 0;
   for (int j = 0; j < kPack; ++j) {
@@ -116,45 +153,57 @@ __global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
   }
 }
 
-// (N, P, C): a warp goes along a pack of channels for each lane, its steps over positions; a block's warps, over
-// kSlices * kSteps positions, are added at last.
+// (N, P, C): the slices of a block are added at last, and the blocks by another kernel.
 template <typename scalar_t, typename T, int kPack>
-__global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
-    int64_t channels, int64_t area, int64_t tiles, int64_t groups, Maps<scalar_t> maps, const T* scale, T* sums,
-    T* dots) {
-  __shared__ Pack<T, kPack> parts[2][kSlices][kWarp];
-  const int64_t tile = blockIdx.x / groups, n = tile / tiles;
-  const int64_t c = (blockIdx.x % groups * kWarp + threadIdx.x) * kPack;
-  const int64_t first = tile % tiles * kSlices * kSteps;
-  const int64_t last = min(first + kSlices * kSteps, area);
-  Pack<T, kPack> factor = {}, sum = {}, dot = {};
-  if (c < channels) {
-    factor = load<kPack>(scale + n * channels + c);
-    for (int64_t p = first + threadIdx.y; p < last; p += kSlices) {
-      fuse_grad(maps, (n * area + p) * channels + c, factor, sum, dot);
-    }
-  }
-  parts[0][threadIdx.y][threadIdx.x] = sum;
-  parts[1][threadIdx.y][threadIdx.x] = dot;
-  __syncthreads();
-  if (threadIdx.y == 0 && c < channels) {
-    for (int slice = 1; slice < kSlices; ++slice) {
-      for (int j = 0; j < kPack; ++j) {
-        sum.value[j] += parts[0][slice][threadIdx.x].value[j];
-        dot.value[j] += parts[1][slice][threadIdx.x].value[j];
+__global__ void __launch_bounds__(kThreads, 2) channels_last_grad_kernel(
+    const __grid_constant__ Rows rows, const __grid_constant__ Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
+  __shared__ Pack<T, kPack> parts[2][kThreads];
+  const Place place(rows);
+  Pack<T, kPack> sum = {}, dot = {};
+  if (place.inside) {
+    const auto factor = load_or<kPack>(scale, (place.image * rows.columns + place.column) * kPack, T(1));
+    for (int step = 0; step < kSteps; step += kUnderWay) {
+      Read<scalar_t, kPack> reads[kUnderWay];
+#pragma unroll
+      for (int i = 0; i < kUnderWay; ++i) {
+        if (const int64_t row = place.row(rows, step + i); row >= 0) {
+          reads[i].load_from(maps, (row * rows.columns + place.column) * kPack);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kUnderWay; ++i) {
+        if (const int64_t row = place.row(rows, step + i); row >= 0) {
+          fuse_grad(maps, (row * rows.columns + place.column) * kPack, reads[i], factor, sum, dot);
+        }
       }
     }
-    store(sums + tile * channels + c, sum);
+  }
+  parts[0][threadIdx.x] = sum;
+  parts[1][threadIdx.x] = dot;
+  __syncthreads();
+  if (place.inside && threadIdx.x < rows.wide) {
+    for (int other = threadIdx.x + rows.wide; other < rows.slices * rows.wide; other += rows.wide) {
+      for (int j = 0; j < kPack; ++j) {
+        sum.value[j] += parts[0][other].value[j];
+        dot.value[j] += parts[1][other].value[j];
+      }
+    }
+    const int64_t part = (blockIdx.x / rows.groups * rows.columns + place.column) * kPack;
+    store(sums + part, sum);
     if (dots) {
-      store(dots + tile * channels + c, dot);
+      store(dots + part, dot);
     }
   }
 }
 
-// (N, C) in the computing type, all `value` where there is none.
-at::Tensor per_channel(const std::optional<at::Tensor>& given, const at::Tensor& x, double value) {
-  const auto type = compute_type(x);
-  return given ? given->to(type).contiguous() : at::full({x.size(0), x.size(1)}, value, x.options().dtype(type));
+// (N, C) in the computing type, undefined where there is none.
+at::Tensor per_channel(const std::optional<at::Tensor>& given, const at::Tensor& x) {
+  return given ? given->to(compute_type(x)).contiguous() : at::Tensor();
+}
+
+template <typename T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
 at::Tensor context_fuse(
@@ -163,24 +212,30 @@ at::Tensor context_fuse(
   check_context_fuse(x, scale, shift, identity);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto layout = layout_of(x);
-  const auto features = x.contiguous(layout), mul = per_channel(scale, x, 1), add = per_channel(shift, x, 0);
+  const auto features = x.contiguous(layout), mul = per_channel(scale, x), add = per_channel(shift, x);
   const auto other = identity ? identity->to(x.scalar_type()).contiguous(layout) : at::Tensor();
   const int64_t channels = x.size(1), area = x.size(2) * x.size(3);
   auto output = at::empty(x.sizes(), x.options().memory_format(layout));
   if (x.numel() == 0) {
     return output;
   }
+  const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "context_fuse", [&] {
     using acc_t = at::opmath_type<scalar_t>;
+    const scalar_t *map = features.const_data_ptr<scalar_t>(), *residual = data_or_null<scalar_t>(other);
+    const acc_t *factor = data_or_null<acc_t>(mul), *term = data_or_null<acc_t>(add);
+    scalar_t* out = output.mutable_data_ptr<scalar_t>();
     const bool channels_last = layout == at::MemoryFormat::ChannelsLast;
     with_pack<scalar_t>(in_packs<scalar_t>(channels_last ? channels : area, features, mul, add, other), [&](auto pack) {
-      const auto kernel = channels_last ? fuse_kernel<scalar_t, acc_t, pack, true>
-                                        : fuse_kernel<scalar_t, acc_t, pack, false>;
-      const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
-      kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          count, channels, area, features.const_data_ptr<scalar_t>(), mul.const_data_ptr<acc_t>(),
-          add.const_data_ptr<acc_t>(), identity ? other.const_data_ptr<scalar_t>() : nullptr, relu,
-          output.mutable_data_ptr<scalar_t>());
+      if (channels_last) {
+        const Rows rows(channels, area, pack);
+        channels_last_kernel<scalar_t, acc_t, pack><<<x.size(0) * rows.chunks * rows.groups, kThreads, 0, stream>>>(
+            rows, map, factor, term, residual, relu, out);
+      } else {
+        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
+        contiguous_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
+            count, area, map, factor, term, residual, relu, out);
+      }
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
@@ -193,49 +248,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
     const std::optional<at::Tensor>& output) {
   const c10::cuda::CUDAGuard guard(grad.device());
   const auto layout = layout_of(x ? *x : output ? *output : grad);
-  const auto g = grad.contiguous(layout), mul = per_channel(scale, grad, 1);
+  const auto g = grad.contiguous(layout), mul = per_channel(scale, grad);
   const auto features = x ? x->contiguous(layout) : at::Tensor();
   const auto y = output ? output->contiguous(layout) : at::Tensor();
   const int64_t images = grad.size(0), channels = grad.size(1), area = grad.size(2) * grad.size(3);
   const auto options = grad.options().memory_format(layout);
   auto grad_x = x ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
   auto masked = output ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
-  auto grad_scale = at::zeros({x ? images : 0, channels}, mul.options());
-  auto grad_shift = at::zeros({images, channels}, mul.options());
+  const auto type = grad.options().dtype(compute_type(grad));
+  auto grads = at::empty({x ? 2 : 1, images, channels}, type);
+  const auto grad_shift = grads[0], grad_scale = x ? grads[1] : at::empty({0, channels}, type);
   if (grad.numel() == 0) {
+    grads.zero_();
     return {grad_x, masked, grad_scale, grad_shift};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "context_fuse_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
     const Maps<scalar_t> maps{
-        g.const_data_ptr<scalar_t>(), x ? features.const_data_ptr<scalar_t>() : nullptr,
-        output ? y.const_data_ptr<scalar_t>() : nullptr, x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr,
-        output ? masked.mutable_data_ptr<scalar_t>() : nullptr};
-    const acc_t* pm = mul.const_data_ptr<acc_t>();
-    acc_t* dots = x ? grad_scale.mutable_data_ptr<acc_t>() : nullptr;
-    acc_t* sums = grad_shift.mutable_data_ptr<acc_t>();
+        g.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(features), data_or_null<scalar_t>(y),
+        x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, output ? masked.mutable_data_ptr<scalar_t>() : nullptr};
+    const acc_t* pm = data_or_null<acc_t>(mul);
+    acc_t* sums = grads.mutable_data_ptr<acc_t>();
     const bool channels_last = layout == at::MemoryFormat::ChannelsLast;
     const auto stream = c10::cuda::getCurrentCUDAStream();
     with_pack<scalar_t>(in_packs<scalar_t>(channels_last ? channels : area, g, features, y, mul), [&](auto pack) {
       if (!channels_last) {
         contiguous_grad_kernel<scalar_t, acc_t, pack><<<images * channels, kThreads, 0, stream>>>(
-            area, maps, pm, sums, dots);
+            area, maps, pm, sums, x ? sums + images * channels : nullptr);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
         return;
       }
-      const int64_t tiles = (area + kSlices * kSteps - 1) / (kSlices * kSteps);
-      const int64_t groups = (channels + kWarp * pack - 1) / (kWarp * pack);
-      auto parts = at::empty({x ? 2 : 1, images * tiles, channels}, mul.options());
+      const Rows rows(channels, area, pack);
+      const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, type);
       acc_t* part_sums = parts.mutable_data_ptr<acc_t>();
-      acc_t* part_dots = x ? part_sums + images * tiles * channels : nullptr;
-      channels_last_grad_kernel<scalar_t, acc_t, pack>
-          <<<images * tiles * groups, dim3(kWarp, kSlices), 0, stream>>>(
-              channels, area, tiles, groups, maps, pm, part_sums, part_dots);
+      channels_last_grad_kernel<scalar_t, acc_t, pack><<<images * rows.chunks * rows.groups, kThreads, 0, stream>>>(
+          rows, maps, pm, part_sums, x ? part_sums + images * rows.chunks * channels : nullptr);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-      sum_parts<acc_t>(images, tiles, channels, part_sums, sums);
-      if (x) {
-        sum_parts<acc_t>(images, tiles, channels, part_dots, dots);
-      }
+      sum_parts<acc_t>((x ? 2 : 1) * images, rows.chunks, channels, part_sums, sums);
     });
   });
   return {grad_x, masked, grad_scale, grad_shift};

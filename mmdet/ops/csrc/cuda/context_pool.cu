@@ -14,26 +14,48 @@ namespace mmdet {
 namespace {
 
 // grad_x = grad_map (zeros without) + attention times the context's gradient + the logits' gradient times the weight.
-template <typename scalar_t, typename T, int kPack, bool kChannelsLast>
-__global__ void grad_kernel(
+template <typename scalar_t, typename T, int kPack>
+__device__ __forceinline__ Pack<scalar_t, kPack> add_grads(
+    Pack<scalar_t, kPack> map, T a, const Pack<T, kPack>& u, T b, const Pack<T, kPack>& v) {
+  for (int j = 0; j < kPack; ++j) {
+    map.value[j] = static_cast<scalar_t>(fma(b, v.value[j], fma(a, u.value[j], static_cast<T>(map.value[j]))));
+  }
+  return map;
+}
+
+// (N, C, P).
+template <typename scalar_t, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
     int64_t packs, int64_t channels, int64_t area, const scalar_t* grad_map, const T* attention, const T* grad_logits,
     const T* grad, const T* weight, scalar_t* output) {
-  const int64_t size = kChannelsLast ? channels : area, count = kChannelsLast ? area : channels;
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < packs; i += int64_t{gridDim.x} * kThreads) {
-    const int64_t row = divide(i * kPack, size), column = i * kPack - row * size, n = divide(row, count);
-    const T a = kChannelsLast ? attention[row] : grad[row];
-    const T b = kChannelsLast ? grad_logits[row] : weight[row - n * count];
-    const auto u = load<kPack>((kChannelsLast ? grad : attention) + n * size + column);
-    const auto v = load<kPack>(kChannelsLast ? weight + column : grad_logits + n * size + column);
-    Pack<scalar_t, kPack> pack = {};
-    if (grad_map) {
-      pack = load<kPack>(grad_map + i * kPack);
+    const int64_t row = divide(i * kPack, area), n = divide(row, channels);
+    const int64_t position = n * area + i * kPack - row * area;
+    const auto map = load_or<kPack>(grad_map, i * kPack, scalar_t(0));
+    store(output + i * kPack, add_grads(map, grad[row], load<kPack>(attention + position), weight[row - n * channels],
+                                        load<kPack>(grad_logits + position)));
+  }
+}
+
+// (N, P, C).
+template <typename scalar_t, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads, 3) channels_last_grad_kernel(
+    const __grid_constant__ Rows rows, const scalar_t* __restrict__ grad_map, const T* __restrict__ attention,
+    const T* __restrict__ grad_logits, const T* grad, const T* weight, scalar_t* __restrict__ output) {
+  const Place place(rows);
+  if (!place.inside) {
+    return;
+  }
+  const auto u = load<kPack>(grad + (place.image * rows.columns + place.column) * kPack);
+  const auto v = load<kPack>(weight + place.column * kPack);
+#pragma unroll 4
+  for (int step = 0; step < kSteps; ++step) {
+    const int64_t row = place.row(rows, step);
+    if (row >= 0) {
+      const int64_t offset = (row * rows.columns + place.column) * kPack;
+      const auto map = load_or<kPack>(grad_map, offset, scalar_t(0));
+      store(output + offset, add_grads(map, attention[row], u, grad_logits[row], v));
     }
-    for (int j = 0; j < kPack; ++j) {
-      const T start = static_cast<T>(pack.value[j]);
-      pack.value[j] = static_cast<scalar_t>(fma(b, v.value[j], fma(a, u.value[j], start)));
-    }
-    store(output + i * kPack, pack);
   }
 }
 
@@ -146,12 +168,19 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
     sum_parts<acc_t>(1, plan.images * plan.tiles, plan.channels, parts.const_data_ptr<acc_t>(), out_weight);
     const int64_t row = plan.channels_last ? plan.channels : plan.area;
     with_pack<scalar_t>(in_packs<scalar_t>(row, outer, a, g, w), [&](auto pack) {
-      const auto kernel = plan.channels_last ? grad_kernel<scalar_t, acc_t, pack, true>
-                                             : grad_kernel<scalar_t, acc_t, pack, false>;
-      const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
-      kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          count, plan.channels, plan.area, grad_map ? outer.const_data_ptr<scalar_t>() : nullptr, pa, pl, pg, pw,
-          grad_x.mutable_data_ptr<scalar_t>());
+      const auto stream = c10::cuda::getCurrentCUDAStream();
+      const scalar_t* start = grad_map ? outer.const_data_ptr<scalar_t>() : nullptr;
+      scalar_t* out = grad_x.mutable_data_ptr<scalar_t>();
+      if (plan.channels_last) {
+        const Rows rows(plan.channels, plan.area, pack);
+        const int64_t blocks = plan.images * rows.chunks * rows.groups;
+        channels_last_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
+            rows, start, pa, pl, pg, pw, out);
+      } else {
+        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
+        contiguous_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
+            count, plan.channels, plan.area, start, pa, pl, pg, pw, out);
+      }
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });

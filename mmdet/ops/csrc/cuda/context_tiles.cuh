@@ -9,7 +9,6 @@
 
 namespace mmdet {
 
-constexpr int kThreads = 256;
 constexpr int kBatch = 8;           // packs that a thread has under way
 constexpr int kRows = 4;            // positions that a warp has under way
 constexpr int kMaxWidth = 64;       // positions of a tile
