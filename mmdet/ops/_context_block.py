@@ -74,24 +74,6 @@ def _(
     return _empty_like(x), weight.new_empty(weight.shape)
 
 
-def _setup_pool(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias = inputs
-    context, attention = output
-    ctx.mark_non_differentiable(attention)
-    ctx.save_for_backward(x, weight, bias, context, attention)
-
-
-def _pool_backward(
-    ctx: Any, grad: Tensor, _: Tensor | None, grad_map: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, context, attention = ctx.saved_tensors
-    grad_x, grad_weight = torch.ops.mmdet.context_pool_backward(grad, grad_map, x, weight, context, attention)
-    return grad_x, grad_weight, torch.zeros_like(bias)
-
-
-torch.library.register_autograd('mmdet::context_pool', _pool_backward, setup_context=_setup_pool)
-
-
 class _Pool(torch.autograd.Function):
     """Pooling that hands x on, which an op of a library must not do with its inputs."""
 
@@ -108,7 +90,10 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if grad is None:
             return grad_map, None, None
-        return _pool_backward(ctx, grad, None, grad_map)
+        x, weight, bias, context, attention = ctx.saved_tensors
+        grad_x, grad_weight = torch.ops.mmdet.context_pool_backward(
+            grad, grad_map, x, weight, context, attention)
+        return grad_x, grad_weight, torch.zeros_like(bias)
 
 
 @torch.library.register_fake('mmdet::context_fuse')
@@ -128,30 +113,3 @@ def _(
         _empty_like(like) if output is not None else grad.new_empty(0),
         grad.new_empty(0 if x is None else n, c, dtype=dtype),
         grad.new_empty(n, c, dtype=dtype))
-
-
-def _setup_fuse(
-    ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, bool], output: Tensor
-) -> None:
-    x, scale, shift, identity, relu = inputs
-    ctx.shift_dtype = None if shift is None else shift.dtype
-    ctx.identity_dtype = None if identity is None else identity.dtype
-    ctx.save_for_backward(None if scale is None else x, scale, output if relu else None)
-
-
-def _fuse_backward(
-    ctx: Any, grad: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
-    x, scale, output = ctx.saved_tensors
-    grad_x, masked, grad_scale, grad_shift = torch.ops.mmdet.context_fuse_backward(grad, x, scale, output)
-    if output is None:
-        masked = grad
-    return (
-        masked if scale is None else grad_x,
-        None if scale is None else grad_scale.to(scale.dtype),
-        None if ctx.shift_dtype is None else grad_shift.to(ctx.shift_dtype),
-        None if ctx.identity_dtype is None else masked.to(ctx.identity_dtype),
-        None)
-
-
-torch.library.register_autograd('mmdet::context_fuse', _fuse_backward, setup_context=_setup_fuse)

@@ -1,6 +1,4 @@
 """The middle of a global context block (Cao et al., GCNet, 2019, section 3.4): its transform."""
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,21 +46,3 @@ def _(
     like = (
         context, first_weight, first_weight[:, 0], norm_weight, norm_bias, last_weight, last_weight[:, 0])
     return tuple(part.new_empty(part.shape, dtype=compute_dtype(context)) for part in like)
-
-
-def _setup_transform(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _transform_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, hidden = ctx.saved_tensors
-    context, first_weight, _, norm_weight, norm_bias, last_weight, _ = tensors
-    grads = torch.ops.mmdet.context_transform_backward(
-        grad, context, hidden, first_weight, norm_weight, norm_bias, last_weight, ctx.eps)
-    return *(grad.to(given.dtype) for grad, given in zip(grads, tensors)), None
-
-
-torch.library.register_autograd(
-    'mmdet::context_transform', _transform_backward, setup_context=_setup_transform)

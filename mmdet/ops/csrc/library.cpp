@@ -1,5 +1,5 @@
-// Schemas of all ops. Kernels stand beside their TORCH_LIBRARY_IMPL blocks in cpu/ and cuda/; fake kernels and
-// autograd formulas in ../*.py.
+// Schemas of all ops. Kernels stand beside their TORCH_LIBRARY_IMPL blocks in cpu/ and cuda/; fake kernels in ../*.py,
+// autograd formulas there or in context_autograd.cpp.
 #include <Python.h>
 #include <torch/library.h>
 
