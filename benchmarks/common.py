@@ -116,12 +116,12 @@ def _time_in_turns(
 ) -> tuple[dict[str, Series], dict[str, Any]]:
     """What was measured in each round and results, by peer."""
     threads = dict(OMP_NUM_THREADS=str(args.threads))
-    workers, results = {}, {}
-    for name, command in commands.items():
-        workers[name] = subprocess.Popen(
+    workers = {
+        name: subprocess.Popen(
             command, env=os.environ | threads | env, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        results[name] = _answer(name, workers[name])
+        for name, command in commands.items()}
+    results = {name: _answer(name, worker) for name, worker in workers.items()}
     times: dict[str, Series] = {name: {} for name in commands}
     for _ in range(args.rounds):
         for name, worker in workers.items():

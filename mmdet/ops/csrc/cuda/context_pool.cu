@@ -94,7 +94,11 @@ void run_tiles(const Plan& plan, const scalar_t* x, const T* weight, const Resul
   const int64_t blocks = plan.images * plan.tiles;
   const int bytes = static_cast<int>(plan.bytes);
   with_pack<scalar_t>(plan.packs, [&](auto pack) {
-    if (plan.channels_last) {
+    if (plan.channels_last && plan.channels <= kThreads * pack) {
+      const int64_t threads = (plan.channels / pack + kWarp - 1) / kWarp * kWarp;
+      stream_kernel<scalar_t, T, pack, kBackward><<<blocks, threads, 0, stream>>>(
+          plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), x, weight, results);
+    } else if (plan.channels_last) {
       const auto kernel = channels_last_kernel<scalar_t, T, pack, kBackward>;
       C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
       kernel<<<blocks, kThreads, bytes, stream>>>(
