@@ -1,6 +1,8 @@
 // Overlap and checks of NMS that the CPU and the CUDA kernels share.
 #pragma once
 
+#include "exact.h"
+
 #include <ATen/core/Tensor.h>
 #include <c10/macros/Macros.h>
 #include <c10/util/Exception.h>
@@ -11,23 +13,6 @@
 #include <string_view>
 
 namespace mmdet {
-
-// A product that is never contracted into a fused multiply-add: CPU and GPU keep the same boxes.
-C10_HOST_DEVICE inline float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-C10_HOST_DEVICE inline double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 // Intersection of two xyxy boxes. Written so that the compiler can vectorise it.
 template <typename T>

@@ -1,6 +1,8 @@
 // Geometry and checks of RoIAlign that the CPU and the CUDA kernel share.
 #pragma once
 
+#include "exact.h"
+
 #include <ATen/core/Tensor.h>
 #include <c10/core/MemoryFormat.h>
 #include <c10/macros/Macros.h>
@@ -19,7 +21,7 @@ struct RoiSamples {
   int grid;
 
   C10_HOST_DEVICE T at(int b, int i) const {
-    return start + b * bin + (i + T(0.5)) * bin / grid;
+    return start + product(T(b), bin) + product(i + T(0.5), bin) / grid;
   }
 };
 
@@ -30,8 +32,8 @@ template <typename T>
 C10_HOST_DEVICE inline RoiSamples<T> roi_samples(
     T low, T high, T spatial_scale, int bins, int sampling_ratio, bool aligned) {
   const T offset = aligned ? T(0.5) : T(0);
-  const T start = low * spatial_scale - offset;
-  T size = high * spatial_scale - offset - start;
+  const T start = product(low, spatial_scale) - offset;
+  T size = product(high, spatial_scale) - offset - start;
   if (!aligned && !(size >= T(1))) {
     size = T(1);
   }
