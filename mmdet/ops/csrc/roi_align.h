@@ -46,9 +46,9 @@ C10_HOST_DEVICE inline RoiSamples<T> roi_samples(
 }
 
 // Linear interpolation at a point of an axis with `extent` cells. Points up to one cell outside take the border's
-// value, points further out (and NaN) are worth zero.
+// value, points further out (and NaN) are worth zero. GPUs read a tap of floats at once.
 template <typename T>
-struct LinearTap {
+struct alignas(16) LinearTap {
   int low;
   int high;
   T weight_low;
