@@ -97,28 +97,6 @@ __device__ Roi<T> make_roi(int64_t k, const T* rois, const int64_t* levels, cons
   return roi;
 }
 
-// Finds the taps of one bin. Neighbouring samples share cells: the later one takes all of their weight.
-template <typename T>
-__device__ void keep_bin(const Axis<T>& axis, int bin, LinearTap<T>* taps) {
-  const auto take = [](T& weight, T& other) {
-    weight += other;
-    other = 0;
-  };
-#pragma unroll 1
-  for (int i = 0; i < axis.points.grid; ++i) {
-    taps[i] = axis.at(bin, i);
-    if (i > 0 && taps[i].low == taps[i - 1].low) {
-      take(taps[i].weight_low, taps[i - 1].weight_low);
-    }
-    if (i > 0 && taps[i].low == taps[i - 1].high) {
-      take(taps[i].weight_low, taps[i - 1].weight_high);
-    }
-    if (i > 0 && taps[i].high == taps[i - 1].high) {
-      take(taps[i].weight_high, taps[i - 1].weight_high);
-    }
-  }
-}
-
 // To be followed by __syncthreads().
 template <typename T>
 __device__ void share_roi(
@@ -139,7 +117,10 @@ __device__ void share_roi(
     shared.share = roi.share;
   }
   if (kept && bin < bins) {
-    keep_bin(axis, bin, target.taps + bin * axis.points.grid);
+#pragma unroll 1
+    for (int i = 0; i < axis.points.grid; ++i) {
+      target.taps[bin * axis.points.grid + i] = axis.at(bin, i);
+    }
   }
 }
 
