@@ -1,6 +1,7 @@
 """Feature pyramid network (arXiv 1612.03144)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,15 @@ class FPN(nn.Module):
         """Levels (N, in_channels[i], H_i, W_i), fine to coarse, to (N, out_channels, H_i, W_i)."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         for i in range(len(laterals) - 1, 0, -1):
-            with torch.autocast(laterals[i].device.type, enabled=False):  # which would copy in float32
-                laterals[i - 1] += F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+            laterals[i - 1] += _upsample(laterals[i], laterals[i - 1].shape[2:])
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]
         while len(outputs) < self.num_outs:
             outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
         return outputs
+
+
+def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest neighbours of (N, C, H, W), in the dtype of ``x``: autocast would copy in float32."""
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return F.interpolate(x, size=size)
