@@ -37,14 +37,14 @@ def time_in_turns(
     while the GPU has enough to do.
     """
     keep_memory()
-    calls = CALLS if torch.cuda.is_available() else 1
+    calls = CALLS if torch.cuda.is_initialized() else 1
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 function()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             spent = time.perf_counter() - wall, time.process_time() - cpu
             times[name].append((1000 * spent[0] / calls, 1000 * spent[1] / calls))

@@ -28,7 +28,7 @@ Series = dict[str, list[float]]
 """Of each round: seconds on the clock ('wall') and of CPU time ('cpu'), the most that a GPU's memory held."""
 # Read by glibc at process start: large blocks come from the heap, which is never given back.
 KEEP_MEMORY = dict(GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4611686018427387904')
-MALLOC = {'malloc as it is: ': {}, 'malloc keeps memory: ': KEEP_MEMORY}
+MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
 
 
 def common_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         timed = {}
         own = [sys.executable, *sys.argv, '--case', case, '--worker']
         commands = {name: [*own, name] for name in args.peers} | other(args, case)
-        for malloc, env in MALLOC.items() if args.device == 'cpu' else [('', {})]:
+        for malloc, env in MALLOC.items() if args.device == 'cpu' else [('malloc as it is', {})]:
             timed[malloc], results = _time_in_turns(commands, args, env)
             records += [dict(case=case, malloc=malloc, peer=name, **series)
                         for name, series in timed[malloc].items()]
@@ -81,14 +81,19 @@ def serve(prepare: Callable[[], Step], threads: int) -> None:
     answer: Any = step()
     print(json.dumps(answer), file=channel, flush=True)
     for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        step()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        answer = dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
-        if torch.cuda.is_initialized():
-            answer['GB on the GPU'] = torch.cuda.max_memory_allocated() / 1e9
-        print(json.dumps(answer), file=channel, flush=True)
+        print(json.dumps(time_step(step)), file=channel, flush=True)
+
+
+def time_step(step: Step) -> dict[str, float]:
+    """What ``Series`` has, of one step."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    measured = dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+    if torch.cuda.is_initialized():
+        measured['GB on the GPU'] = torch.cuda.max_memory_allocated() / 1e9
+    return measured
 
 
 def serve_other(
@@ -154,7 +159,7 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> str:
 
 
 def _table(case: str, timed: dict[str, dict[str, Series]]) -> str:
-    rows = [[case, 'seconds', *(f'{malloc}median, ratio' for malloc in timed)]]
+    rows = [[case, 'seconds', *(f'{malloc}: median, ratio' for malloc in timed)]]
     for name, measured in next(iter(timed.values())).items():
         for i, clock in enumerate(measured):
             row = [name if i == 0 else '', clock]

@@ -3,33 +3,24 @@
     python benchmarks/scaling.py --data COCO --device cuda --amp
 """
 
-import argparse
 import statistics
-import time
 from typing import Any
 
 import inference
 import torch
 import train_step
-from common import Step, common_parser, write_json
+from common import Step, common_parser, time_step, write_json
 from detectors import add_data_arguments, add_step_arguments
 from terminaltables import AsciiTable
 
 
-def measure(args: argparse.Namespace, step: Step) -> dict[str, Any]:
+def measure(step: Step, rounds: int) -> dict[str, Any]:
     """Seconds of a step, the median of the rounds after two that do not count, and a GPU's memory."""
-    seconds = []
-    cuda = args.device != 'cpu'
-    if cuda:
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(args.rounds + 2):
-        start = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-    return dict(seconds=statistics.median(seconds[2:]), gigabytes=gigabytes)
+    measured = [time_step(step) for _ in range(rounds + 2)]
+    seconds = statistics.median(each['wall'] for each in measured[2:])
+    return dict(seconds=seconds, gigabytes=measured[-1].get('GB on the GPU', 0.0))
 
 
 def main() -> None:
@@ -46,7 +37,7 @@ def main() -> None:
         args.batch = batch
         row = [str(batch)]
         for part, prepare in (('inference', inference.plain), ('training', train_step.plain)):
-            found = measure(args, prepare(args))
+            found = measure(prepare(args), args.rounds)
             records.append(dict(batch=batch, part=part, **found))
             row += [f'{batch / found["seconds"]:.1f}', f'{found["gigabytes"]:.1f}']
         rows.append(row)
