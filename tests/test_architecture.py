@@ -155,7 +155,7 @@ def test_tests_mirror_the_package(path: Path) -> None:
         return
     name = path.stem.removeprefix('test_')
     homes = [PACKAGE / relative.parent, ROOT / relative.parent]
-    names = [f'{mark}{name}{suffix}' for mark in ('', '_') for suffix in ('.py', '.sh', '')]
+    names = [f'{mark}{name}{suffix}' for mark in ('', '_') for suffix in ('.py', '.cpp', '.sh', '')]
     assert any((home / file).exists() for home in homes for file in names), (
         f'tests/{relative} mirrors no file: it would be mmdet/{relative.parent / name}.py')
 

@@ -1,6 +1,4 @@
 """The two ends of a global context block (Cao et al., GCNet, 2019, section 3.4): pooling and fusion."""
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,21 +10,20 @@ def context_pool(
 
     Args:
         x: `(N, C, H, W)`, any strides. Half precision is accumulated in float32.
-        weight: `(C,)` of the convolution, any floating dtype; None weighs all positions alike.
+        weight: `(C,)` of the convolution, or `(1, C, 1, 1)` as it has it, any floating dtype; None weighs all
+            positions alike.
         bias: `(1,)`, None for 0. Its gradient is zero, since softmax does not change with it.
 
     Returns:
-        `(N, C)` in the dtype of `x`, zeros where H * W is 0; and `x`. What comes after should read this `x`:
-        its gradient is then added in the pass that writes the pooling's, not in one of its own.
+        `(N, C)`, float64 if `x` is, else float32, zeros where H * W is 0; and `x`. What comes after should
+        read this `x`: its gradient is then added in the pass that writes the pooling's, not in its own.
 
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on integer tensors.
     """
     weight = x.new_zeros(x.shape[1:2]) if weight is None else weight
     bias = weight.new_zeros(1) if bias is None else bias
-    context, x = _Pool.apply(x, weight, bias)
-    # Not inside: torch 2.11 compiled a cast that casts nothing there, and lost the gradient.
-    return context.to(x.dtype), x
+    return torch.ops.mmdet.context_pool_and_map(x, weight, bias)
 
 
 def context_fuse(
@@ -72,28 +69,6 @@ def _(
     grad: Tensor, grad_map: Tensor | None, x: Tensor, weight: Tensor, context: Tensor, attention: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _empty_like(x), weight.new_empty(weight.shape)
-
-
-class _Pool(torch.autograd.Function):
-    """Pooling that hands x on, which an op of a library must not do with its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        context, attention = torch.ops.mmdet.context_pool(x, weight, bias)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, context, attention)
-        return context, x.view_as(x)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_map: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if grad is None:
-            return grad_map, None, None
-        x, weight, bias, context, attention = ctx.saved_tensors
-        grad_x, grad_weight = torch.ops.mmdet.context_pool_backward(
-            grad, grad_map, x, weight, context, attention)
-        return grad_x, grad_weight, torch.zeros_like(bias)
 
 
 @torch.library.register_fake('mmdet::context_fuse')

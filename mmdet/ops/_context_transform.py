@@ -13,7 +13,8 @@ def context_transform(
 
     Args:
         context: `(N, C)`, N being small. All is computed in float64 if this is, else in float32.
-        first_weight, first_bias: `(P, C)` and `(P,)`, any floating dtype, as all parameters.
+        first_weight, first_bias: `(P, C)` and `(P,)`, any floating dtype, as all parameters. Further
+            sizes of 1, which a 1x1 convolution has, do not count.
         norm_weight, norm_bias: `(P,)` of the layer norm.
         last_weight, last_bias: `(C, P)` and `(C,)`.
         eps: what the layer norm adds to the variance.
@@ -32,17 +33,20 @@ def context_transform(
 def _(
     context: Tensor, first_weight: Tensor, first_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     last_weight: Tensor, last_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(context)
-    hidden = context.new_empty(context.shape[0], first_weight.shape[0], dtype=dtype)
-    return torch.empty_like(context, dtype=dtype, memory_format=torch.contiguous_format), hidden
+) -> tuple[Tensor, ...]:
+    (n, c), p = context.shape, first_weight.shape[0]
+    sizes = (n, c), (n, p), (n, p), (n, 1), (n, 1)
+    return tuple(context.new_empty(size, dtype=compute_dtype(context)) for size in sizes)
 
 
 @torch.library.register_fake('mmdet::context_transform_backward')
 def _(
-    grad: Tensor, context: Tensor, hidden: Tensor, first_weight: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, last_weight: Tensor, eps: float
+    grad: Tensor, context: Tensor, hidden: Tensor, active: Tensor, mean: Tensor, inverse: Tensor,
+    first_weight: Tensor, norm_weight: Tensor, last_weight: Tensor
 ) -> tuple[Tensor, ...]:
-    like = (
-        context, first_weight, first_weight[:, 0], norm_weight, norm_bias, last_weight, last_weight[:, 0])
-    return tuple(part.new_empty(part.shape, dtype=compute_dtype(context)) for part in like)
+    channels, planes = context.shape[1], hidden.shape[1]
+    return (
+        torch.empty_like(context, dtype=hidden.dtype, memory_format=torch.contiguous_format),
+        *(weight.new_empty(size) for weight, size in (
+            (first_weight, first_weight.shape), (first_weight, planes), (norm_weight, norm_weight.shape),
+            (norm_weight, norm_weight.shape), (last_weight, last_weight.shape), (last_weight, channels))))

@@ -101,6 +101,16 @@ def test_errors(device):
         assert '\n' not in str(caught.value)
 
 
+def test_parameters_of_convolutions(device):
+    args = arguments(2, 6, 4, device, torch.float32)
+    convolutional = [arg[..., None, None] if index in (1, 3, 4, 5) else arg for index, arg in enumerate(args)]
+    ours, theirs = ([arg.clone().requires_grad_() for arg in part] for part in (convolutional, args))
+    for part in (ours, theirs):
+        context_transform(*part).square().sum().backward()
+    for a, b in zip(ours, theirs):
+        assert a.grad.shape == a.shape and torch.equal(a.grad.flatten(), b.grad.flatten())
+
+
 def test_gradcheck(device):
     args = [arg.requires_grad_() for arg in arguments(2, 6, 4, device, torch.float64)]
     torch.autograd.gradcheck(context_transform, args)
@@ -111,11 +121,11 @@ def test_gradcheck(device):
 def test_opcheck(device, dtype, requires_grad):
     args = [arg.requires_grad_(requires_grad) for arg in arguments(2, 6, 4, device, dtype)]
     torch.library.opcheck(torch.ops.mmdet.context_transform.default, (*args, 1e-5))
-    context, first, _, weight, bias, last, _ = (arg.detach() for arg in args)
-    grad, hidden = torch.randn(2, 6, device=device), torch.randn(2, 4, device=device)
+    args = [arg.detach() for arg in args]
+    grad, *kept = torch.ops.mmdet.context_transform(*args, 1e-5)
+    context, first, _, weight, _, last, _ = args
     torch.library.opcheck(
-        torch.ops.mmdet.context_transform_backward.default,
-        (grad, context, hidden, first, weight, bias, last, 1e-5))
+        torch.ops.mmdet.context_transform_backward.default, (grad, context, *kept, first, weight, last))
 
 
 def test_compile(device):

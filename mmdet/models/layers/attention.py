@@ -52,8 +52,8 @@ class SimplifiedNonLocal(nn.Module):
         """(N, C, H, W) to the same shape; ``norm`` comes first, ``identity`` is added, and a ReLU last."""
         x = x if norm is None else norm(x)
         assert self.conv_mask.bias is not None
-        context, x = context_pool(x, self.conv_mask.weight.flatten(), self.conv_mask.bias)
-        shift = self.conv_value(context[:, :, None, None]).flatten(1)
+        context, x = context_pool(x, self.conv_mask.weight, self.conv_mask.bias)
+        shift = self.conv_value(context[:, :, None, None].to(x.dtype)).flatten(1)
         return context_fuse(x, None, shift, identity, relu)
 
 
@@ -72,7 +72,8 @@ class SqueezeExcitation(nn.Module):
         """(N, C, H, W) to the same shape; ``norm`` comes first, ``identity`` is added, and a ReLU last."""
         x = x if norm is None else norm(x)
         context, x = context_pool(x)
-        return context_fuse(x, torch.sigmoid(self.fc2(self.fc1(context).relu())), None, identity, relu)
+        hidden = self.fc1(context.to(x.dtype)).relu()
+        return context_fuse(x, torch.sigmoid(self.fc2(hidden)), None, identity, relu)
 
 
 def _start_at_zero(conv: nn.Conv2d) -> None:

@@ -109,20 +109,20 @@ class ContextBlock(nn.Module):
             x = norm(x)
         weight = bias = scale = shift = None
         if self.conv_mask is not None:
-            weight, bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
+            weight, bias = self.conv_mask.weight, self.conv_mask.bias
             # The norm's shift adds the same to all logits, which changes no softmax.
-            weight = weight if affine is None else weight * affine[0]
+            weight = weight if affine is None else weight.flatten() * affine[0]
         context, x = context_pool(x, weight, bias)
         if affine is not None:
-            context = context * affine[0] + affine[1]
+            context = torch.addcmul(affine[1], context, affine[0])
         if self.channel_mul_conv is not None:
             scale = _apply(self.channel_mul_conv, context).sigmoid()
         if self.channel_add_conv is not None:
             shift = _apply(self.channel_add_conv, context)
         if affine is not None:
-            gate = torch.ones_like(context) if scale is None else scale
-            scale = gate * affine[0]
-            shift = gate * affine[1] if shift is None else gate * affine[1] + shift
+            gated = affine if scale is None else (scale * affine[0], scale * affine[1])
+            scale = gated[0].expand_as(context)
+            shift = gated[1].expand_as(context) if shift is None else gated[1] + shift
         return context_fuse(x, scale, shift, identity, relu)
 
 
@@ -138,8 +138,7 @@ def _apply(transform: Any, context: Tensor) -> Tensor:
     """The transform of `(N, C)`."""
     first, norm, _, last = transform
     return context_transform(
-        context, first.weight.flatten(1), first.bias, norm.weight.flatten(), norm.bias.flatten(),
-        last.weight.flatten(1), last.bias, norm.eps)
+        context, first.weight, first.bias, norm.weight, norm.bias, last.weight, last.bias, norm.eps)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

@@ -30,15 +30,17 @@ TORCH_LIBRARY(mmdet, m) {
   m.def(
       "paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> (Tensor, Tensor)");
   m.def("context_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  m.def("context_pool_and_map(Tensor(a) x, Tensor weight, Tensor bias) -> (Tensor, Tensor(a))");
   m.def(
       "context_pool_backward(Tensor grad, Tensor? grad_map, Tensor x, Tensor weight, Tensor context, "
       "Tensor attention) -> (Tensor, Tensor)");
   m.def(
       "context_transform(Tensor context, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, "
-      "Tensor last_weight, Tensor last_bias, float eps) -> (Tensor, Tensor)");
+      "Tensor last_weight, Tensor last_bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "context_transform_backward(Tensor grad, Tensor context, Tensor hidden, Tensor first_weight, Tensor norm_weight, "
-      "Tensor norm_bias, Tensor last_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "context_transform_backward(Tensor grad, Tensor context, Tensor hidden, Tensor active, Tensor mean, "
+      "Tensor inverse, Tensor first_weight, Tensor norm_weight, Tensor last_weight) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("context_fuse(Tensor x, Tensor? scale, Tensor? shift, Tensor? identity, bool relu) -> Tensor");
   m.def(
       "context_fuse_backward(Tensor grad, Tensor? x, Tensor? scale, Tensor? output) -> "

@@ -3,8 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -16,9 +14,15 @@ namespace {
 
 constexpr int64_t kRun = 1024;  // elements added before going to float64
 
-// (N, C) in the computing type, all `value` where there is none.
-at::Tensor per_channel(const std::optional<at::Tensor>& given, const at::Tensor& x, double value) {
-  return given ? given->to(x.scalar_type()).contiguous() : at::full({x.size(0), x.size(1)}, value, x.options());
+// (N, C) in the computing type, undefined where there is none.
+at::Tensor per_channel(const std::optional<at::Tensor>& given, at::ScalarType type) {
+  return given ? cast(*given, type).contiguous() : at::Tensor();
+}
+
+// Of a vector of channels; `value` where there are none.
+template <typename T>
+Vec<T> load(const T* channels, int64_t i, int64_t n, T value) {
+  return channels ? Vec<T>::loadu(channels + i, n) : Vec<T>(value);
 }
 
 at::Tensor context_fuse(
@@ -28,14 +32,17 @@ at::Tensor context_fuse(
   const auto type = compute_type(x);
   const auto layout = layout_of(x);
   const auto features = x.to(type).contiguous(layout);
-  const auto mul = per_channel(scale, features, 1), add = per_channel(shift, features, 0);
+  const auto mul = per_channel(scale, type), add = per_channel(shift, type);
   const auto other = identity ? identity->to(type).contiguous(layout) : at::Tensor();
   const int64_t images = x.size(0), channels = x.size(1), area = x.size(2) * x.size(3);
   auto output = at::empty(x.sizes(), features.options().memory_format(layout));
   AT_DISPATCH_FLOATING_TYPES(type, "context_fuse", [&] {
     using V = Vec<scalar_t>;
-    const scalar_t *px = features.const_data_ptr<scalar_t>(), *pm = mul.const_data_ptr<scalar_t>();
-    const scalar_t *pa = add.const_data_ptr<scalar_t>(), *pi = identity ? other.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t* px = features.const_data_ptr<scalar_t>();
+    const scalar_t* pi = identity ? other.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t *pm = scale ? mul.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t *pa = shift ? add.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t one(1), zero(0);
     scalar_t* out = output.mutable_data_ptr<scalar_t>();
     const V lowest(relu ? scalar_t(0) : -std::numeric_limits<scalar_t>::infinity());
     const bool stream = exceeds_cache(output);
@@ -49,14 +56,14 @@ at::Tensor context_fuse(
         for (int64_t row = begin; row < end; ++row) {
           const int64_t image = row / area * channels;
           for_vectors<scalar_t>(channels, [&](int64_t i, int64_t n) {
-            fuse(row * channels + i, n, V::loadu(pm + image + i, n), V::loadu(pa + image + i, n));
+            fuse(row * channels + i, n, load(pm, image + i, n, one), load(pa, image + i, n, zero));
           });
         }
       });
     } else {
       parallel_for(images * channels, rows_per_task(area), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          const V m(pm[row]), a(pa[row]);
+          const V m(pm ? pm[row] : one), a(pa ? pa[row] : zero);
           for_vectors<scalar_t>(area, [&](int64_t i, int64_t n) { fuse(row * area + i, n, m, a); });
         }
       });
@@ -75,17 +82,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
   const auto read = [&](const std::optional<at::Tensor>& map) {
     return map ? map->to(type).contiguous(layout) : at::Tensor();
   };
-  const auto g = read(grad), features = read(x), y = read(output), mul = per_channel(scale, g, 1);
+  const auto g = read(grad), features = read(x), y = read(output), mul = per_channel(scale, type);
   const int64_t images = grad.size(0), channels = grad.size(1), area = grad.size(2) * grad.size(3);
   const auto options = g.options().memory_format(layout);
   auto grad_x = x ? at::empty(grad.sizes(), options) : at::empty({0}, g.options());
   auto masked = output ? at::empty(grad.sizes(), options) : at::empty({0}, g.options());
-  auto grad_scale = at::zeros({x ? images : 0, channels}, g.options());
-  auto grad_shift = at::zeros({images, channels}, g.options());
+  auto grad_scale = at::empty({x ? images : 0, channels}, g.options());
+  auto grad_shift = at::empty({images, channels}, g.options());
+  if (grad.numel() == 0) {
+    return {grad_x.to(grad.scalar_type()), masked.to(grad.scalar_type()), grad_scale.zero_(), grad_shift.zero_()};
+  }
   AT_DISPATCH_FLOATING_TYPES(type, "context_fuse_backward", [&] {
     using V = Vec<scalar_t>;
     const scalar_t *pg = g.const_data_ptr<scalar_t>(), *px = x ? features.const_data_ptr<scalar_t>() : nullptr;
-    const scalar_t *py = output ? y.const_data_ptr<scalar_t>() : nullptr, *pm = mul.const_data_ptr<scalar_t>();
+    const scalar_t *py = output ? y.const_data_ptr<scalar_t>() : nullptr;
+    const scalar_t *pm = scale ? mul.const_data_ptr<scalar_t>() : nullptr, one(1);
     scalar_t *out_x = grad_x.mutable_data_ptr<scalar_t>(), *out_masked = masked.mutable_data_ptr<scalar_t>();
     scalar_t *out_scale = grad_scale.mutable_data_ptr<scalar_t>(), *out_shift = grad_shift.mutable_data_ptr<scalar_t>();
     const bool stream = exceeds_cache(g);
@@ -106,12 +117,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
       const Map map(g);
       std::vector<scalar_t> sums(images * map.tiles * channels), dots(x ? sums.size() : 0);
       for_tiles(map, [&](const Tile& tile) {
-        const scalar_t* m = pm + tile.image * channels;
         scalar_t *ps = sums.data() + tile.index * channels, *pd = dots.data() + tile.index * channels;
         for (int64_t row = tile.offset; row < tile.offset + tile.width * channels; row += channels) {
           for_vectors<scalar_t>(channels, [&](int64_t i, int64_t n) {
             V sum = V::loadu(ps + i, n), dot = px ? V::loadu(pd + i, n) : sum;
-            step(row + i, n, V::loadu(m + i, n), sum, dot);
+            step(row + i, n, load(pm, tile.image * channels + i, n, one), sum, dot);
             sum.store(ps + i, n);
             if (px) {
               dot.store(pd + i, n);
@@ -131,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
           for (int64_t first = 0; first < area; first += kRun) {
             V sum(scalar_t(0)), dot(scalar_t(0));
             for_vectors<scalar_t>(std::min(kRun, area - first), [&](int64_t i, int64_t n) {
-              step(row * area + first + i, n, V(pm[row]), sum, dot);
+              step(row * area + first + i, n, V(pm ? pm[row] : one), sum, dot);
             });
             total_sum += sum_lanes(sum);
             total_dot += sum_lanes(dot);

@@ -1,13 +1,17 @@
-// Linear layers of the global context block's transform on the CPU. For a handful of images a product takes as long as
-// its weight takes to come from memory: it is read once for all, and backward its gradient is written beside it.
-#include "../context_transform.h"
-
+// The transform of a global context block on the CPU, (N, C) -> (N, C): linear, layer norm, ReLU, linear. For a handful
+// of images a product takes as long as its weight takes to come from memory: it is read once for all, and backward its
+// gradient is written beside it.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/native_layer_norm.h>
+#include <ATen/ops/native_layer_norm_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <functional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -82,11 +86,62 @@ std::pair<at::Tensor, at::Tensor> linear_backward(
   return {grad_input, grad_weight};
 }
 
+// A parameter in the computing type, without further sizes of 1.
+at::Tensor plain(const at::Tensor& parameter, at::IntArrayRef sizes, at::ScalarType type) {
+  return cast(parameter.sizes() == sizes ? parameter : parameter.reshape(sizes), type);
+}
+
+// A gradient in the dtype and the sizes of what it belongs to.
+at::Tensor like(const at::Tensor& grad, const at::Tensor& given) {
+  return cast(grad, given.scalar_type()).reshape(given.sizes());
+}
+
+// The output, and what the backward pass needs: what the layer norm gets, what follows its ReLU, mean and inverse
+// deviation. All are of the computing type.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_transform(
+    const at::Tensor& context, const at::Tensor& first_weight, const at::Tensor& first_bias,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& last_weight,
+    const at::Tensor& last_bias, double eps) {
+  check_context_transform(context, first_weight, first_bias, norm_weight, norm_bias, last_weight, last_bias);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto type = compute_type(context);
+  const int64_t channels = context.size(1), planes = first_weight.size(0);
+  const auto hidden =
+      linear(cast(context, type), plain(first_weight, {planes, channels}, type), cast(first_bias, type));
+  auto [active, mean, inverse] = at::native_layer_norm(
+      hidden, {planes}, plain(norm_weight, {planes}, type), plain(norm_bias, {planes}, type), eps);
+  active.relu_();
+  const auto output = linear(active, plain(last_weight, {channels, planes}, type), cast(last_bias, type));
+  return {output, hidden, active, mean, inverse};
+}
+
+// Gradients of context, in the computing type, and of the six parameters, as these are (a bias as its weight).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+context_transform_backward(
+    const at::Tensor& grad, const at::Tensor& context, const at::Tensor& hidden, const at::Tensor& active,
+    const at::Tensor& mean, const at::Tensor& inverse, const at::Tensor& first_weight, const at::Tensor& norm_weight,
+    const at::Tensor& last_weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto type = compute_type(context);
+  const int64_t channels = context.size(1), planes = hidden.size(1);
+  const auto g = cast(grad, type), weight = plain(norm_weight, {planes}, type);
+  const auto [grad_active, grad_last] = linear_backward(g, active, plain(last_weight, {channels, planes}, type));
+  const auto grad_normal = at::threshold_backward(grad_active, active, 0);
+  const auto [grad_hidden, grad_weight, grad_bias] = at::native_layer_norm_backward(
+      grad_normal, hidden, {planes}, mean, inverse, weight, weight, {true, true, true});  // any bias of this size
+  const auto [grad_context, grad_first] =
+      linear_backward(grad_hidden, cast(context, type), plain(first_weight, {planes, channels}, type));
+  return {
+      grad_context, like(grad_first, first_weight), cast(grad_hidden.sum(0), first_weight.scalar_type()),
+      like(grad_weight, norm_weight), like(grad_bias, norm_weight), like(grad_last, last_weight),
+      cast(g.sum(0), last_weight.scalar_type())};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmdet, CPU, m) {
-  m.impl("context_transform", &context_transform<linear>);
-  m.impl("context_transform_backward", &context_transform_backward<linear_backward>);
+  m.impl("context_transform", &context_transform);
+  m.impl("context_transform_backward", &context_transform_backward);
 }
 
 }  // namespace mmdet

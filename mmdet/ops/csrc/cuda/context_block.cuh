@@ -1,7 +1,8 @@
-// Passes over channels_last maps and the sum of partial sums, for the global context kernels.
+// What the global context kernels share: passes over channels_last maps, results of tiles, the sum of partial sums.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
@@ -14,20 +15,35 @@ namespace mmdet {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kSteps = 16;     // positions that a thread takes, where the layout is channels_last
-constexpr int kUnderWay = 2;  // of which it loads so many before it computes
+constexpr int kBatch = 8;   // packs that a thread has under way
+constexpr int kSteps = 16;  // positions that a thread takes, where the layout is channels_last
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline int64_t multiprocessors() {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
+  return count;
+}
 
 // How a block passes over channels_last maps: threads side by side take a pack of channels each, `wide` of them a
 // position, and go on by `slices` positions.
 struct Rows {
   int64_t area, columns, groups, chunks;  // packs of a position; blocks that share one, and blocks over positions
-  int wide, slices;
+  int wide, slices, steps = kSteps;
 
-  Rows(int64_t channels, int64_t area, int pack) : area(area), columns(channels / pack) {
+  // What is summed leaves a part for each block: with `parts` there are fewer blocks, where these are enough.
+  Rows(int64_t images, int64_t channels, int64_t area, int pack, bool parts = false)
+      : area(area), columns(channels / pack) {
     wide = static_cast<int>(std::min<int64_t>(columns, kThreads));
     slices = kThreads / wide;
-    groups = (columns + wide - 1) / wide;
-    chunks = (area + slices * kSteps - 1) / (slices * kSteps);
+    groups = divide_up(columns, wide);
+    if (parts && images * groups * area / (2 * kSteps * slices) >= 4 * multiprocessors()) {
+      steps *= 2;
+    }
+    chunks = divide_up(area, slices * steps);
   }
 };
 
@@ -36,12 +52,12 @@ struct Place {
   int64_t image, column, first;
   bool inside;
 
-  __device__ explicit Place(const Rows& rows) {
-    const int64_t chunk = blockIdx.x / rows.groups;
+  __device__ Place(const Rows& rows, int64_t block) {
+    const int64_t chunk = block / rows.groups;
     const int slice = threadIdx.x / rows.wide;
     image = chunk / rows.chunks;
-    column = blockIdx.x % rows.groups * rows.wide + threadIdx.x % rows.wide;
-    first = chunk % rows.chunks * rows.slices * kSteps + slice;
+    column = block % rows.groups * rows.wide + threadIdx.x % rows.wide;
+    first = chunk % rows.chunks * rows.slices * rows.steps + slice;
     inside = slice < rows.slices && column < rows.columns;
   }
 
@@ -51,6 +67,27 @@ struct Place {
     return p < rows.area ? image * rows.area + p : -1;
   }
 };
+
+template <typename T>
+__device__ T add_lanes(T sum) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(0xffffffff, sum, offset);
+  }
+  return sum;
+}
+
+// Over a block of 32 x 32 threads.
+template <typename T>
+__device__ T add_block(T value) {
+  __shared__ T warps[kWarp];
+  value = add_lanes(value);
+  __syncthreads();  // an earlier result may still be read
+  if (threadIdx.x == 0) {
+    warps[threadIdx.y] = value;
+  }
+  __syncthreads();
+  return add_lanes(warps[threadIdx.x]);
+}
 
 // `value` where there is no data.
 template <int kPack, typename T>
@@ -62,6 +99,14 @@ __device__ __forceinline__ Pack<T, kPack> load_or(const T* data, int64_t offset,
   return data ? load<kPack>(data + offset) : pack;
 }
 
+// Where a tile's results go. Backward there are no tops and totals, but the attention and the pooled context.
+template <typename T>
+struct Results {
+  T *positions, *parts;  // (N, P): logits or their gradients; (tiles, C)
+  T *tops, *totals;      // (tiles): maximum of the logits, sum of their exponentials
+  const T *attention, *context;
+};
+
 // The parts of a softmax: each has its own maximum (`tops`) and sum of exponentials (`totals`), and weighs by both.
 template <typename T>
 struct Softmax {
@@ -70,44 +115,29 @@ struct Softmax {
   int64_t area = 0;
 };
 
-template <typename T, typename F>
-__device__ T reduce_block(T value, const F& combine) {
-  __shared__ T warps[kWarp];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
-  }
-  __syncthreads();  // an earlier result may still be read
-  if (threadIdx.x == 0) {
-    warps[threadIdx.y] = value;
-  }
-  __syncthreads();
-  value = warps[threadIdx.x];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, offset));
-  }
-  return value;
-}
-
-// (groups, count, C) -> (groups, C), in an order that does not vary. A block of 32 x 32 threads sums 32 channels.
+// (groups, count, C) -> (groups, C), in an order that does not vary. A block sums 32 channels, a warp some of the parts.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarp) sum_parts_kernel(
     int64_t count, int64_t channels, int64_t blocks, const T* parts, Softmax<T> softmax, T* output) {
-  __shared__ T sums[kWarp][kWarp + 1];
+  __shared__ T sums[kWarp][kWarp];
+  const int rows = blockDim.y;
   const int64_t group = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const int64_t thread = threadIdx.y * kWarp + threadIdx.x, threads = kWarp * kWarp;
+  const int64_t thread = threadIdx.y * kWarp + threadIdx.x, threads = rows * kWarp;
   const int64_t first = group * count, c = block * kWarp + threadIdx.x;
   T top = 0, total = 1;
   if (softmax.tops) {
-    T mine = softmax.tops[first];
-    for (int64_t i = thread; i < count; i += threads) {
-      mine = max(mine, softmax.tops[first + i]);
+    top = softmax.tops[first];
+    for (int64_t i = threadIdx.x; i < count; i += kWarp) {
+      top = max(top, softmax.tops[first + i]);
     }
-    top = reduce_block(mine, [](T a, T b) { return max(a, b); });
-    mine = 0;
-    for (int64_t i = thread; i < count; i += threads) {
-      mine += softmax.totals[first + i] * exp(softmax.tops[first + i] - top);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      top = max(top, __shfl_xor_sync(0xffffffff, top, offset));
     }
-    total = reduce_block(mine, [](T a, T b) { return a + b; });
+    total = 0;
+    for (int64_t i = threadIdx.x; i < count; i += kWarp) {
+      total = fma(softmax.totals[first + i], exp(softmax.tops[first + i] - top), total);
+    }
+    total = add_lanes(total);
     for (int64_t p = block * threads + thread; p < softmax.area; p += blocks * threads) {
       T& logit = softmax.logits[group * softmax.area + p];
       logit = exp(logit - top) / total;
@@ -115,16 +145,16 @@ __global__ void __launch_bounds__(kWarp* kWarp) sum_parts_kernel(
   }
   T sum = 0;
   if (c < channels) {
-    for (int64_t i = first + threadIdx.y; i < first + count; i += kWarp) {
+#pragma unroll 8
+    for (int64_t i = first + threadIdx.y; i < first + count; i += rows) {
       const T weight = softmax.tops ? exp(softmax.tops[i] - top) : T(1);
-      sum += weight * parts[i * channels + c];
+      sum = fma(weight, parts[i * channels + c], sum);
     }
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0 && c < channels) {
-    sum = 0;
-    for (int row = 0; row < kWarp; ++row) {
+    for (int row = 1; row < rows; ++row) {
       sum += sums[row][threadIdx.x];
     }
     output[group * channels + c] = sum / total;
@@ -134,8 +164,9 @@ __global__ void __launch_bounds__(kWarp* kWarp) sum_parts_kernel(
 template <typename T>
 void sum_parts(
     int64_t groups, int64_t count, int64_t channels, const T* parts, T* output, const Softmax<T>& softmax = {}) {
-  const int64_t blocks = (channels + kWarp - 1) / kWarp;
-  sum_parts_kernel<<<groups * blocks, dim3(kWarp, kWarp), 0, c10::cuda::getCurrentCUDAStream()>>>(
+  const int64_t blocks = divide_up(channels, kWarp);
+  const int rows = count < 512 ? 8 : kWarp;
+  sum_parts_kernel<<<groups * blocks, dim3(kWarp, rows), 0, c10::cuda::getCurrentCUDAStream()>>>(
       count, channels, blocks, parts, softmax, output);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -13,6 +13,8 @@
 namespace mmdet {
 namespace {
 
+constexpr int kUnderWay = 2;  // packs of each map that a thread loads before it computes
+
 template <typename scalar_t, typename T, int kPack>
 __device__ __forceinline__ Pack<scalar_t, kPack> fuse(
     Pack<scalar_t, kPack> x, const Pack<T, kPack>& scale, const Pack<T, kPack>& shift,
@@ -42,18 +44,18 @@ __global__ void __launch_bounds__(kThreads) contiguous_kernel(
   }
 }
 
-// (N, P, C).
+// (N, P, C), from its end: what pooling has read last may still be in the cache.
 template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads, 3) channels_last_kernel(
     const __grid_constant__ Rows rows, const scalar_t* __restrict__ x, const T* scale, const T* shift,
     const scalar_t* __restrict__ identity, bool relu, scalar_t* __restrict__ output) {
-  const Place place(rows);
+  const Place place(rows, gridDim.x - 1 - blockIdx.x);
   if (!place.inside) {
     return;
   }
   const int64_t parameter = (place.image * rows.columns + place.column) * kPack;
   const auto m = load_or<kPack>(scale, parameter, T(1)), a = load_or<kPack>(shift, parameter, T(0));
-  for (int step = 0; step < kSteps; step += kUnderWay) {
+  for (int step = 0; step < rows.steps; step += kUnderWay) {
     Pack<scalar_t, kPack> maps[kUnderWay], others[kUnderWay];
 #pragma unroll
     for (int i = 0; i < kUnderWay; ++i) {
@@ -153,25 +155,33 @@ __global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
   }
 }
 
-// (N, P, C): the slices of a block are added at last, and the blocks by another kernel.
-template <typename scalar_t, typename T, int kPack>
-__global__ void __launch_bounds__(kThreads, 2) channels_last_grad_kernel(
-    const __grid_constant__ Rows rows, const __grid_constant__ Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
+// (N, P, C): the slices of a block are added at last, and the blocks by another kernel. What is not there is known when
+// this is compiled, so that more packs of the others can be under way.
+template <typename scalar_t, typename T, int kPack, bool kScaled, bool kMasked>
+__global__ void __launch_bounds__(kThreads, kScaled || kMasked ? 2 : 3) channels_last_grad_kernel(
+    const __grid_constant__ Rows rows, Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
+  constexpr int kReads = kScaled && kMasked ? 2 : 4;
   __shared__ Pack<T, kPack> parts[2][kThreads];
-  const Place place(rows);
+  if (!kScaled) {
+    maps.x = nullptr;
+  }
+  if (!kMasked) {
+    maps.output = nullptr;
+  }
+  const Place place(rows, blockIdx.x);
   Pack<T, kPack> sum = {}, dot = {};
   if (place.inside) {
     const auto factor = load_or<kPack>(scale, (place.image * rows.columns + place.column) * kPack, T(1));
-    for (int step = 0; step < kSteps; step += kUnderWay) {
-      Read<scalar_t, kPack> reads[kUnderWay];
+    for (int step = 0; step < rows.steps; step += kReads) {
+      Read<scalar_t, kPack> reads[kReads];
 #pragma unroll
-      for (int i = 0; i < kUnderWay; ++i) {
+      for (int i = 0; i < kReads; ++i) {
         if (const int64_t row = place.row(rows, step + i); row >= 0) {
           reads[i].load_from(maps, (row * rows.columns + place.column) * kPack);
         }
       }
 #pragma unroll
-      for (int i = 0; i < kUnderWay; ++i) {
+      for (int i = 0; i < kReads; ++i) {
         if (const int64_t row = place.row(rows, step + i); row >= 0) {
           fuse_grad(maps, (row * rows.columns + place.column) * kPack, reads[i], factor, sum, dot);
         }
@@ -198,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2) channels_last_grad_kernel(
 
 // (N, C) in the computing type, undefined where there is none.
 at::Tensor per_channel(const std::optional<at::Tensor>& given, const at::Tensor& x) {
-  return given ? given->to(compute_type(x)).contiguous() : at::Tensor();
+  return given ? cast(*given, compute_type(x)).contiguous() : at::Tensor();
 }
 
 template <typename T>
@@ -213,7 +223,7 @@ at::Tensor context_fuse(
   const c10::cuda::CUDAGuard guard(x.device());
   const auto layout = layout_of(x);
   const auto features = x.contiguous(layout), mul = per_channel(scale, x), add = per_channel(shift, x);
-  const auto other = identity ? identity->to(x.scalar_type()).contiguous(layout) : at::Tensor();
+  const auto other = identity ? cast(*identity, x.scalar_type()).contiguous(layout) : at::Tensor();
   const int64_t channels = x.size(1), area = x.size(2) * x.size(3);
   auto output = at::empty(x.sizes(), x.options().memory_format(layout));
   if (x.numel() == 0) {
@@ -228,7 +238,7 @@ at::Tensor context_fuse(
     const bool channels_last = layout == at::MemoryFormat::ChannelsLast;
     with_pack<scalar_t>(in_packs<scalar_t>(channels_last ? channels : area, features, mul, add, other), [&](auto pack) {
       if (channels_last) {
-        const Rows rows(channels, area, pack);
+        const Rows rows(x.size(0), channels, area, pack);
         channels_last_kernel<scalar_t, acc_t, pack><<<x.size(0) * rows.chunks * rows.groups, kThreads, 0, stream>>>(
             rows, map, factor, term, residual, relu, out);
       } else {
@@ -256,11 +266,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
   auto grad_x = x ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
   auto masked = output ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
   const auto type = grad.options().dtype(compute_type(grad));
-  auto grads = at::empty({x ? 2 : 1, images, channels}, type);
-  const auto grad_shift = grads[0], grad_scale = x ? grads[1] : at::empty({0, channels}, type);
+  auto grad_scale = at::empty({x ? images : 0, channels}, type), grad_shift = at::empty({images, channels}, type);
   if (grad.numel() == 0) {
-    grads.zero_();
-    return {grad_x, masked, grad_scale, grad_shift};
+    return {grad_x, masked, grad_scale.zero_(), grad_shift.zero_()};
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "context_fuse_backward", [&] {
     using acc_t = at::opmath_type<scalar_t>;
@@ -268,23 +276,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
         g.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(features), data_or_null<scalar_t>(y),
         x ? grad_x.mutable_data_ptr<scalar_t>() : nullptr, output ? masked.mutable_data_ptr<scalar_t>() : nullptr};
     const acc_t* pm = data_or_null<acc_t>(mul);
-    acc_t* sums = grads.mutable_data_ptr<acc_t>();
+    acc_t *sums = grad_shift.mutable_data_ptr<acc_t>(), *dots = x ? grad_scale.mutable_data_ptr<acc_t>() : nullptr;
     const bool channels_last = layout == at::MemoryFormat::ChannelsLast;
     const auto stream = c10::cuda::getCurrentCUDAStream();
     with_pack<scalar_t>(in_packs<scalar_t>(channels_last ? channels : area, g, features, y, mul), [&](auto pack) {
       if (!channels_last) {
         contiguous_grad_kernel<scalar_t, acc_t, pack><<<images * channels, kThreads, 0, stream>>>(
-            area, maps, pm, sums, x ? sums + images * channels : nullptr);
+            area, maps, pm, sums, dots);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
         return;
       }
-      const Rows rows(channels, area, pack);
+      const Rows rows(images, channels, area, pack, true);
       const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, type);
-      acc_t* part_sums = parts.mutable_data_ptr<acc_t>();
-      channels_last_grad_kernel<scalar_t, acc_t, pack><<<images * rows.chunks * rows.groups, kThreads, 0, stream>>>(
-          rows, maps, pm, part_sums, x ? part_sums + images * rows.chunks * channels : nullptr);
+      acc_t *part_sums = parts.mutable_data_ptr<acc_t>(), *part_dots = part_sums + images * rows.chunks * channels;
+      const auto kernel = x ? (output ? channels_last_grad_kernel<scalar_t, acc_t, pack, true, true>
+                                      : channels_last_grad_kernel<scalar_t, acc_t, pack, true, false>)
+                            : (output ? channels_last_grad_kernel<scalar_t, acc_t, pack, false, true>
+                                      : channels_last_grad_kernel<scalar_t, acc_t, pack, false, false>);
+      kernel<<<images * rows.chunks * rows.groups, kThreads, 0, stream>>>(
+          rows, maps, pm, part_sums, x ? part_dots : nullptr);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-      sum_parts<acc_t>((x ? 2 : 1) * images, rows.chunks, channels, part_sums, sums);
+      sum_parts<acc_t>(images, rows.chunks, channels, part_sums, sums);
+      if (x) {
+        sum_parts<acc_t>(images, rows.chunks, channels, part_dots, dots);
+      }
     });
   });
   return {grad_x, masked, grad_scale, grad_shift};

@@ -1,5 +1,6 @@
 // Global context pooling on CUDA: each map is read, and each gradient written, once. Half precision is accumulated in
 // float32.
+#include "context_stream.cuh"
 #include "context_tiles.cuh"
 
 #include <ATen/ATen.h>
@@ -42,14 +43,14 @@ template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads, 3) channels_last_grad_kernel(
     const __grid_constant__ Rows rows, const scalar_t* __restrict__ grad_map, const T* __restrict__ attention,
     const T* __restrict__ grad_logits, const T* grad, const T* weight, scalar_t* __restrict__ output) {
-  const Place place(rows);
+  const Place place(rows, blockIdx.x);
   if (!place.inside) {
     return;
   }
   const auto u = load<kPack>(grad + (place.image * rows.columns + place.column) * kPack);
   const auto v = load<kPack>(weight + place.column * kPack);
 #pragma unroll 4
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < rows.steps; ++step) {
     const int64_t row = place.row(rows, step);
     if (row >= 0) {
       const int64_t offset = (row * rows.columns + place.column) * kPack;
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 3) channels_last_grad_kernel(
 // A map, contiguous or channels_last, and how it is cut into tiles.
 struct Plan {
   int64_t images, channels, area, width, tiles, bytes;  // bytes of shared memory; 0: a tile does not fit
-  bool channels_last, packs;
+  bool channels_last, packs, streamed;                  // streamed: a tile passes through registers
 };
 
 template <typename scalar_t>
@@ -75,7 +76,11 @@ Plan plan_tiles(const at::Tensor& x, const at::Tensor& weight) {
   int available = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
   const int64_t limit = (available - (16 << 10)) / 2;
-  if (plan.channels_last) {
+  plan.streamed = plan.channels_last && plan.channels <= kThreads * pack;
+  if (plan.streamed) {  // as many threads as there can be at a time, more or less
+    const int64_t threads = multiprocessors() * 512, positions = plan.images * plan.area;
+    plan.width = divide_up(divide_up(positions * plan.channels / pack, threads), kBatch) * kBatch;
+  } else if (plan.channels_last) {
     plan.width = std::clamp<int64_t>(std::min(kTileBytes, limit) / position, 8, kMaxWidth);
   } else {  // a power of two of packs
     plan.width = std::min<int64_t>(kRowBytes / sizeof(scalar_t), kWarp * pack);
@@ -84,7 +89,7 @@ Plan plan_tiles(const at::Tensor& x, const at::Tensor& weight) {
     }
   }
   plan.bytes = plan.width * position > limit ? 0 : plan.width * position;
-  plan.tiles = (plan.area + plan.width - 1) / plan.width;
+  plan.tiles = divide_up(plan.area, plan.width);
   return plan;
 }
 
@@ -94,8 +99,8 @@ void run_tiles(const Plan& plan, const scalar_t* x, const T* weight, const Resul
   const int64_t blocks = plan.images * plan.tiles;
   const int bytes = static_cast<int>(plan.bytes);
   with_pack<scalar_t>(plan.packs, [&](auto pack) {
-    if (plan.channels_last && plan.channels <= kThreads * pack) {
-      const int64_t threads = (plan.channels / pack + kWarp - 1) / kWarp * kWarp;
+    if (plan.streamed) {
+      const int64_t threads = divide_up(plan.channels / pack, kWarp) * kWarp;
       stream_kernel<scalar_t, T, pack, kBackward><<<blocks, threads, 0, stream>>>(
           plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), x, weight, results);
     } else if (plan.channels_last) {
@@ -119,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool(const at::Tensor& x, const at::T
   check_context_pool(x, weight, bias);
   const c10::cuda::CUDAGuard guard(x.device());
   const auto type = compute_type(x);
-  const auto features = x.contiguous(layout_of(x)), w = weight.to(type).contiguous();
+  const auto features = x.contiguous(layout_of(x)), w = cast(weight, type).contiguous();
   const auto options = x.options().dtype(type);
   auto context = at::empty({x.size(0), x.size(1)}, options);
   auto attention = at::empty({x.size(0), x.size(2) * x.size(3)}, options);
@@ -150,9 +155,9 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
   const c10::cuda::CUDAGuard guard(x.device());
   const auto type = compute_type(x);
   const auto layout = layout_of(x);
-  const auto features = x.contiguous(layout), w = weight.to(type).contiguous(), g = grad.to(type).contiguous();
+  const auto features = x.contiguous(layout), w = cast(weight, type).contiguous(), g = cast(grad, type).contiguous();
   const auto c = context.contiguous(), a = attention.contiguous();
-  const auto outer = grad_map ? grad_map->to(x.scalar_type()).contiguous(layout) : at::Tensor();
+  const auto outer = grad_map ? cast(*grad_map, x.scalar_type()).contiguous(layout) : at::Tensor();
   auto grad_logits = at::empty_like(a);
   auto grad_weight = at::empty(weight.sizes(), w.options());
   auto grad_x = at::empty(x.sizes(), x.options().memory_format(layout));
@@ -176,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
       const scalar_t* start = grad_map ? outer.const_data_ptr<scalar_t>() : nullptr;
       scalar_t* out = grad_x.mutable_data_ptr<scalar_t>();
       if (plan.channels_last) {
-        const Rows rows(plan.channels, plan.area, pack);
+        const Rows rows(plan.images, plan.channels, plan.area, pack);
         const int64_t blocks = plan.images * rows.chunks * rows.groups;
         channels_last_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
             rows, start, pa, pl, pg, pw, out);
@@ -188,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
-  return {grad_x, grad_weight.to(weight.scalar_type())};
+  return {grad_x, cast(grad_weight, weight.scalar_type())};
 }
 
 }  // namespace

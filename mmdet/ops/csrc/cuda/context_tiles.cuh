@@ -1,6 +1,6 @@
-// The tiles of global context pooling on CUDA: a block keeps a few positions with all their channels in registers or in
-// shared memory, since a position's weight needs all of its channels, and then weighs them. In the forward pass weights
-// are exponentials of the logits, in the backward pass the logits' gradients.
+// The tiles of global context pooling on CUDA that lie in shared memory: a block keeps a few positions with all their
+// channels, since a position's weight needs all of them, and then weighs them. In the forward pass weights are
+// exponentials of the logits, in the backward pass the logits' gradients.
 #pragma once
 
 #include <limits>
@@ -9,27 +9,10 @@
 
 namespace mmdet {
 
-constexpr int kBatch = 8;           // packs that a thread has under way
 constexpr int kRows = 4;            // positions that a warp has under way
 constexpr int kMaxWidth = 64;       // positions of a tile
 constexpr int64_t kRowBytes = 128;  // of a channel in a tile, where the layout is contiguous
 constexpr int64_t kTileBytes = 1 << 16;
-
-template <typename T>
-__device__ T add_lanes(T sum) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(0xffffffff, sum, offset);
-  }
-  return sum;
-}
-
-// Where a tile's results go. Backward there are no tops and totals, but the attention and the pooled context.
-template <typename T>
-struct Results {
-  T *positions, *parts;  // (N, P): logits or their gradients; (tiles, C)
-  T *tops, *totals;      // (tiles): maximum of the logits, sum of their exponentials
-  const T *attention, *context;
-};
 
 // Replaces each position's dot product in `share` by its weight; the first warp does. `position` is the tile's first.
 template <typename T, bool kBackward>
@@ -146,107 +129,8 @@ __global__ void __launch_bounds__(kThreads) contiguous_kernel(
   }
 }
 
-// (N, P, C) of up to kThreads packs of channels: a thread takes one, and some positions at a time, which stay in its
-// registers until they are weighed.
-template <typename scalar_t, typename T, int kPack, bool kBackward>
-__global__ void __launch_bounds__(kThreads) stream_kernel(
-    int64_t channels, int64_t area, int64_t tiles, int full, const scalar_t* __restrict__ x,
-    const T* __restrict__ weight, Results<T> results) {
-  __shared__ T sums[2][kBatch][kThreads / kWarp];  // two, so that one barrier is enough for each
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp, warps = blockDim.x / kWarp;
-  const int64_t n = blockIdx.x / tiles, first = n * area + blockIdx.x % tiles * full, c = thread * kPack;
-  const int width = static_cast<int>(min(static_cast<int64_t>(full), (n + 1) * area - first));
-  const bool inside = c < channels;
-  int turn = 0;
-  const auto add_block = [&](T* dots) {  // sums of each over all threads, for all threads
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      dots[i] = add_lanes(dots[i]);
-      if (lane == 0) {
-        sums[turn][i][warp] = dots[i];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      dots[i] = 0;
-      for (int other = 0; other < warps; ++other) {
-        dots[i] += sums[turn][i][other];
-      }
-    }
-    turn ^= 1;
-  };
-
-  Pack<T, kPack> w = {}, sum = {};
-  T means[kBatch] = {};
-  if (inside) {
-    w = load<kPack>(weight + (kBackward ? n * channels : 0) + c);
-  }
-  if (kBackward) {  // as for a position: of a single one the two are equal to the last bit
-    for (int j = 0; inside && j < kPack; ++j) {
-      means[0] = fma(w.value[j], results.context[n * channels + c + j], means[0]);
-    }
-    add_block(means);
-  }
-  T top = -std::numeric_limits<T>::infinity(), total = 0;
-  x += first * channels + c;
-  for (int start = 0; start < width; start += kBatch) {
-    Pack<scalar_t, kPack> batch[kBatch];
-    T values[kBatch] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      batch[i] = {};
-      if (inside && start + i < width) {
-        batch[i] = load<kPack>(x + (start + i) * channels);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      for (int j = 0; j < kPack; ++j) {
-        values[i] = fma(w.value[j], static_cast<T>(batch[i].value[j]), values[i]);
-      }
-    }
-    add_block(values);
-    T scale = 1;
-    if (!kBackward) {
-      T higher = top;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        higher = start + i < width ? max(higher, values[i]) : higher;
-      }
-      scale = exp(top - higher);  // of what was summed below another maximum
-      top = higher;
-      total *= scale;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const bool there = start + i < width;
-      const int64_t position = first + start + i;
-      T share = 0;
-      if (there) {
-        share = kBackward ? results.attention[position] * (values[i] - means[0]) : exp(values[i] - top);
-        if (thread == i) {
-          results.positions[position] = kBackward ? share : values[i];
-        }
-      }
-      total += share;
-      for (int j = 0; j < kPack; ++j) {
-        const T before = i == 0 ? sum.value[j] * scale : sum.value[j];
-        sum.value[j] = fma(share, static_cast<T>(batch[i].value[j]), before);
-      }
-    }
-  }
-  if (inside) {
-    store(results.parts + blockIdx.x * channels + c, sum);
-  }
-  if (!kBackward && thread == 0) {
-    results.tops[blockIdx.x] = top;
-    results.totals[blockIdx.x] = total;
-  }
-}
-
-// (N, P, C) of more channels: a tile lies in one piece. A warp takes the dot products of some positions, a thread then sums a pack of
-// channels over some positions.
+// (N, P, C) of more channels: a tile lies in one piece. A warp takes the dot products of some positions, a thread then
+// sums a pack of channels over some positions.
 template <typename scalar_t, typename T, int kPack, bool kBackward>
 __global__ void __launch_bounds__(kThreads) channels_last_kernel(
     int64_t channels, int64_t area, int64_t tiles, int full, bool staged, const scalar_t* x, const T* weight,

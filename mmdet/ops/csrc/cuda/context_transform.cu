@@ -1,29 +1,336 @@
-// Linear layers of the global context block's transform on CUDA: cuBLAS.
-#include "../context_transform.h"
+// The transform of a global context block on CUDA, for a handful of images: a product takes as long as its weight takes
+// to come, so each weight is read in the dtype that it has and once for several images.
+#include "context_block.cuh"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <utility>
+#include <algorithm>
+#include <tuple>
 
 namespace mmdet {
 namespace {
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) {
-  return at::addmm(bias, input, weight.t());
+using at::Tensor;
+
+template <typename T>
+constexpr int kImages = 32 / sizeof(T);  // that a thread takes together
+
+template <int kPack, typename T, typename W>
+__device__ __forceinline__ Pack<T, kPack> load_as(const W* data) {
+  const auto given = load<kPack>(data);
+  Pack<T, kPack> pack;
+  for (int j = 0; j < kPack; ++j) {
+    pack.value[j] = static_cast<T>(given.value[j]);
+  }
+  return pack;
 }
 
-std::pair<at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight) {
-  return {at::mm(grad, weight), at::mm(grad.t(), input)};
+// (N, K), (R, K), (R,) -> (N, R): a warp takes a row of the weight for some images.
+template <typename W, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) linear_kernel(
+    int64_t images, int64_t rows, int64_t size, const T* __restrict__ input, const W* __restrict__ weight,
+    const W* __restrict__ bias, T* output) {
+  const int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp, row = warp % rows;
+  const int64_t first = warp / rows * kImages<T>;
+  const int lane = threadIdx.x % kWarp;
+  if (first >= images) {
+    return;
+  }
+  T sums[kImages<T>] = {};
+#pragma unroll 2
+  for (int64_t k = lane * kPack; k < size; k += kWarp * kPack) {
+    const auto w = load_as<kPack, T>(weight + row * size + k);
+#pragma unroll
+    for (int i = 0; i < kImages<T>; ++i) {
+      const auto x = load<kPack>(input + min(first + i, images - 1) * size + k);
+      for (int j = 0; j < kPack; ++j) {
+        sums[i] = fma(w.value[j], x.value[j], sums[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kImages<T>; ++i) {
+    const T sum = add_lanes(sums[i]);
+    if (lane == 0 && first + i < images) {
+      output[(first + i) * rows + row] = sum + static_cast<T>(bias[row]);
+    }
+  }
+}
+
+// The gradient of the input: (N, R), (R, K) -> (N, K). A block of 32 x 32 threads takes 32 columns for some images.
+template <typename W, typename T>
+__global__ void __launch_bounds__(kWarp* kWarp) grad_input_kernel(
+    int64_t images, int64_t rows, int64_t size, const T* __restrict__ grad, const W* __restrict__ weight, T* output) {
+  __shared__ T parts[kImages<T>][kWarp][kWarp];
+  const int64_t k = blockIdx.x * kWarp + threadIdx.x, first = blockIdx.y * kImages<T>;
+  T sums[kImages<T>] = {};
+  if (k < size) {
+#pragma unroll 4
+    for (int64_t row = threadIdx.y; row < rows; row += kWarp) {
+      const T w = static_cast<T>(weight[row * size + k]);
+#pragma unroll
+      for (int i = 0; i < kImages<T>; ++i) {
+        sums[i] = fma(w, grad[min(first + i, images - 1) * rows + row], sums[i]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kImages<T>; ++i) {
+    parts[i][threadIdx.y][threadIdx.x] = sums[i];
+  }
+  __syncthreads();
+  const int64_t n = first + threadIdx.y;
+  if (threadIdx.y < kImages<T> && n < images && k < size) {
+    T sum = 0;
+    for (int row = 0; row < kWarp; ++row) {
+      sum += parts[threadIdx.y][row][threadIdx.x];
+    }
+    output[n * size + k] = sum;
+  }
+}
+
+// The gradients of weight and bias: (N, R), (N, K) -> (R, K), (R,).
+template <typename W, typename T, int kPack>
+__global__ void __launch_bounds__(kThreads) grad_weight_kernel(
+    int64_t images, int64_t rows, int64_t size, const T* __restrict__ grad, const T* __restrict__ input,
+    W* grad_weight, W* grad_bias) {
+  const int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kPack, row = divide(i, size), k = i - row * size;
+  if (row >= rows) {
+    return;
+  }
+  Pack<T, kPack> sum = {};
+  T total = 0;
+#pragma unroll 4
+  for (int64_t n = 0; n < images; ++n) {
+    const T g = grad[n * rows + row];
+    const auto x = load<kPack>(input + n * size + k);
+    for (int j = 0; j < kPack; ++j) {
+      sum.value[j] = fma(g, x.value[j], sum.value[j]);
+    }
+    total += g;
+  }
+  Pack<W, kPack> rounded;
+  for (int j = 0; j < kPack; ++j) {
+    rounded.value[j] = static_cast<W>(sum.value[j]);
+  }
+  store(grad_weight + i, rounded);
+  if (k == 0) {
+    grad_bias[row] = static_cast<W>(total);
+  }
+}
+
+// Layer norm and ReLU: a block of 32 x 32 threads takes an image.
+template <typename W, typename T>
+__global__ void __launch_bounds__(kWarp* kWarp) normalize_kernel(
+    int64_t planes, T eps, const T* hidden, const W* weight, const W* bias, T* active, T* means, T* inverses) {
+  const int64_t thread = threadIdx.y * kWarp + threadIdx.x, threads = kWarp * kWarp;
+  hidden += blockIdx.x * planes;
+  T sum = 0;
+  for (int64_t p = thread; p < planes; p += threads) {
+    sum += hidden[p];
+  }
+  const T mean = add_block(sum) / planes;
+  sum = 0;
+  for (int64_t p = thread; p < planes; p += threads) {
+    sum = fma(hidden[p] - mean, hidden[p] - mean, sum);
+  }
+  const T inverse = rsqrt(add_block(sum) / planes + eps);
+  for (int64_t p = thread; p < planes; p += threads) {
+    const T value = fma((hidden[p] - mean) * inverse, static_cast<T>(weight[p]), static_cast<T>(bias[p]));
+    active[blockIdx.x * planes + p] = value < T(0) ? T(0) : value;  // NaN stays
+  }
+  if (thread == 0) {
+    means[blockIdx.x] = mean;
+    inverses[blockIdx.x] = inverse;
+  }
+}
+
+// What a layer norm with a ReLU behind it has to do with one value.
+template <typename T>
+struct Value {
+  T grad, normal;  // through the ReLU; normalised
+
+  __device__ Value(int64_t i, T mean, T inverse, const T* grads, const T* hidden, const T* active)
+      : grad(active[i] <= T(0) ? T(0) : grads[i]), normal((hidden[i] - mean) * inverse) {}
+};
+
+// The backward pass of both, in one block of 32 warps: each takes images, and all then sum over these. `grads` are
+// those of `active`.
+template <typename W, typename T>
+__global__ void __launch_bounds__(kWarp* kWarp) grad_normalize_kernel(
+    int64_t images, int64_t planes, const T* grads, const T* hidden, const T* active, const T* means,
+    const T* inverses, const W* weight, T* grad_hidden, W* grad_weight, W* grad_bias) {
+  for (int64_t n = threadIdx.y; n < images; n += kWarp) {
+    T mean = 0, product = 0;
+    for (int64_t p = threadIdx.x; p < planes; p += kWarp) {
+      const Value<T> value(n * planes + p, means[n], inverses[n], grads, hidden, active);
+      const T grad = value.grad * static_cast<T>(weight[p]);
+      mean += grad;
+      product = fma(grad, value.normal, product);
+    }
+    mean = add_lanes(mean) / planes;
+    product = add_lanes(product) / planes;
+    for (int64_t p = threadIdx.x; p < planes; p += kWarp) {
+      const Value<T> value(n * planes + p, means[n], inverses[n], grads, hidden, active);
+      const T grad = value.grad * static_cast<T>(weight[p]);
+      grad_hidden[n * planes + p] = inverses[n] * (grad - mean - value.normal * product);
+    }
+  }
+  for (int64_t p = threadIdx.y * kWarp + threadIdx.x; p < planes; p += kWarp * kWarp) {
+    T sum = 0, product = 0;
+#pragma unroll 4
+    for (int64_t n = 0; n < images; ++n) {
+      const Value<T> value(n * planes + p, means[n], inverses[n], grads, hidden, active);
+      sum += value.grad;
+      product = fma(value.grad, value.normal, product);
+    }
+    grad_weight[p] = static_cast<W>(product);
+    grad_bias[p] = static_cast<W>(sum);
+  }
+}
+
+// f(a type of parameters, the computing type): they are read as they are if all are alike, and no wider.
+template <typename F>
+void with_types(at::ScalarType compute, std::initializer_list<at::ScalarType> parameters, const F& f) {
+  const auto type = *parameters.begin();
+  const bool alike = std::all_of(parameters.begin(), parameters.end(), [=](auto other) { return other == type; });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, alike && (compute == at::kDouble) == (type == at::kDouble) ? type : compute,
+      "context_transform", [&] { f(scalar_t(), at::opmath_type<scalar_t>()); });
+}
+
+template <typename W>
+Tensor as(const Tensor& tensor) {
+  return cast(tensor, c10::CppTypeToScalarType<W>::value).contiguous();
+}
+
+// Packs of four columns, where these can be read so.
+template <typename F>
+void with_columns(int64_t size, std::initializer_list<const void*> data, const F& f) {
+  const bool aligned = std::all_of(
+      data.begin(), data.end(), [](const void* part) { return reinterpret_cast<uintptr_t>(part) % 32 == 0; });
+  if (size % 4 == 0 && aligned) {
+    f(std::integral_constant<int, 4>());
+  } else {
+    f(std::integral_constant<int, 1>());
+  }
+}
+
+template <typename W, typename T>
+void linear(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& output) {
+  const int64_t images = input.size(0), size = input.size(1), rows = output.size(1);
+  const T* x = input.const_data_ptr<T>();
+  const W* w = weight.const_data_ptr<W>();
+  with_columns(size, {x, w}, [&](auto pack) {
+    const int64_t warps = divide_up(images, kImages<T>) * rows;
+    linear_kernel<W, T, pack>
+        <<<divide_up(warps, kThreads / kWarp), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            images, rows, size, x, w, bias.const_data_ptr<W>(), output.mutable_data_ptr<T>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+// Gradients of input, weight and bias.
+template <typename W, typename T>
+void linear_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& grad_input,
+    const Tensor& grad_weight, const Tensor& grad_bias) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t images = input.size(0), size = input.size(1), rows = grad.size(1);
+  const T *g = grad.const_data_ptr<T>(), *x = input.const_data_ptr<T>();
+  const dim3 blocks(divide_up(size, kWarp), divide_up(images, kImages<T>));
+  grad_input_kernel<W, T><<<blocks, dim3(kWarp, kWarp), 0, stream>>>(
+      images, rows, size, g, weight.const_data_ptr<W>(), grad_input.mutable_data_ptr<T>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  W* out = grad_weight.mutable_data_ptr<W>();
+  with_columns(size, {x, out}, [&](auto pack) {
+    grad_weight_kernel<W, T, pack><<<divide_up(rows * size / pack, kThreads), kThreads, 0, stream>>>(
+        images, rows, size, g, x, out, grad_bias.mutable_data_ptr<W>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+// What is returned is described at the CPU kernel, here and below.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> context_transform(
+    const Tensor& context, const Tensor& first_weight, const Tensor& first_bias, const Tensor& norm_weight,
+    const Tensor& norm_bias, const Tensor& last_weight, const Tensor& last_bias, double eps) {
+  check_context_transform(context, first_weight, first_bias, norm_weight, norm_bias, last_weight, last_bias);
+  const c10::cuda::CUDAGuard guard(context.device());
+  const int64_t images = context.size(0), channels = context.size(1), planes = first_weight.size(0);
+  const auto options = context.options().dtype(compute_type(context));
+  const auto output = at::empty({images, channels}, options), hidden = at::empty({images, planes}, options);
+  const auto active = at::empty_like(hidden), mean = at::empty({images, 1}, options), inverse = at::empty_like(mean);
+  if (output.numel() == 0 || planes == 0) {
+    return {output, hidden, active, mean, inverse};
+  }
+  with_types(
+      compute_type(context),
+      {first_weight.scalar_type(), first_bias.scalar_type(), norm_weight.scalar_type(), norm_bias.scalar_type(),
+       last_weight.scalar_type(), last_bias.scalar_type()},
+      [&](auto parameter, auto computed) {
+        using W = decltype(parameter);
+        using T = decltype(computed);
+        linear<W, T>(as<T>(context), as<W>(first_weight), as<W>(first_bias), hidden);
+        const Tensor weight = as<W>(norm_weight), bias = as<W>(norm_bias);
+        normalize_kernel<W, T><<<images, dim3(kWarp, kWarp), 0, c10::cuda::getCurrentCUDAStream()>>>(
+            planes, eps, hidden.const_data_ptr<T>(), weight.const_data_ptr<W>(), bias.const_data_ptr<W>(),
+            active.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), inverse.mutable_data_ptr<T>());
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        linear<W, T>(active, as<W>(last_weight), as<W>(last_bias), output);
+      });
+  return {output, hidden, active, mean, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_transform_backward(
+    const Tensor& grad, const Tensor& context, const Tensor& hidden, const Tensor& active, const Tensor& mean,
+    const Tensor& inverse, const Tensor& first_weight, const Tensor& norm_weight, const Tensor& last_weight) {
+  const c10::cuda::CUDAGuard guard(context.device());
+  const int64_t images = context.size(0), channels = context.size(1), planes = hidden.size(1);
+  const auto types = {first_weight.scalar_type(), norm_weight.scalar_type(), last_weight.scalar_type()};
+  auto grad_context = at::empty({images, channels}, hidden.options());
+  Tensor grad_first, grad_first_bias, grad_norm, grad_norm_bias, grad_last, grad_last_bias;
+  with_types(compute_type(context), types, [&](auto parameter, auto computed) {
+    using W = decltype(parameter);
+    using T = decltype(computed);
+    const auto options = hidden.options().dtype(c10::CppTypeToScalarType<W>::value);
+    const bool empty = context.numel() == 0 || planes == 0;
+    const auto allocate = [&](at::IntArrayRef sizes) {
+      return empty ? at::zeros(sizes, options) : at::empty(sizes, options);
+    };
+    grad_first = allocate(first_weight.sizes());
+    grad_first_bias = allocate({planes});
+    grad_norm = allocate(norm_weight.sizes());
+    grad_norm_bias = allocate(norm_weight.sizes());
+    grad_last = allocate(last_weight.sizes());
+    grad_last_bias = allocate({channels});
+    if (empty) {
+      return;
+    }
+    const Tensor grads = at::empty({2, images, planes}, hidden.options()), weight = as<W>(norm_weight);
+    const Tensor grad_active = grads[0], grad_hidden = grads[1];
+    linear_backward<W, T>(as<T>(grad), active, as<W>(last_weight), grad_active, grad_last, grad_last_bias);
+    grad_normalize_kernel<W, T><<<1, dim3(kWarp, kWarp), 0, c10::cuda::getCurrentCUDAStream()>>>(
+        images, planes, grad_active.const_data_ptr<T>(), hidden.const_data_ptr<T>(), active.const_data_ptr<T>(),
+        mean.const_data_ptr<T>(), inverse.const_data_ptr<T>(), weight.const_data_ptr<W>(),
+        grad_hidden.mutable_data_ptr<T>(), grad_norm.mutable_data_ptr<W>(), grad_norm_bias.mutable_data_ptr<W>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    linear_backward<W, T>(
+        grad_hidden, as<T>(context), as<W>(first_weight), grad_context, grad_first, grad_first_bias);
+  });
+  return {
+      grad_context, cast(grad_first, first_weight.scalar_type()), cast(grad_first_bias, first_weight.scalar_type()),
+      cast(grad_norm, norm_weight.scalar_type()), cast(grad_norm_bias, norm_weight.scalar_type()),
+      cast(grad_last, last_weight.scalar_type()), cast(grad_last_bias, last_weight.scalar_type())};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmdet, CUDA, m) {
-  m.impl("context_transform", &context_transform<linear>);
-  m.impl("context_transform_backward", &context_transform_backward<linear_backward>);
+  m.impl("context_transform", &context_transform);
+  m.impl("context_transform_backward", &context_transform_backward);
 }
 
 }  // namespace mmdet
