@@ -121,15 +121,15 @@ def main() -> None:
     parser.add_argument('--layouts', nargs='+', default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument('--channels', nargs='+', type=int, default=list(SIZES), choices=list(SIZES))
     parser.add_argument('--ratios', nargs='+', type=float, default=[1 / 4, 1 / 16])
-    parser.add_argument('--images', type=int, default=2)
+    parser.add_argument('--images', nargs='+', type=int, default=[2])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False  # it would round eager's logits to 10 bits
     records = []
-    for layout, channels, ratio, residual, backward in itertools.product(
-            args.layouts, args.channels, args.ratios, (False, True), (False, True)):
-        shape = (args.images, channels, *SIZES[channels])
+    for layout, images, channels, ratio, residual, backward in itertools.product(
+            args.layouts, args.images, args.channels, args.ratios, (False, True), (False, True)):
+        shape = (images, channels, *SIZES[channels])
         records += measure(args, layout, shape, ratio, residual, backward)
     print('outputs and gradients agree within 200 roundings of the largest')
     write(args, records)

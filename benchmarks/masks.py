@@ -1,7 +1,7 @@
 """Masks of 100 detections to COCO RLE: `mmdet.ops.paste_masks` against PyTorch and pycocotools.
 
-The other side does what mmdetection 3.3 does on a CPU: `grid_sample` over the box of one mask at a time into
-a boolean image of its own, and pycocotools' `encode` of each image. Both must give the same bytes.
+The other side does, on a GPU too, what mmdetection 3.3 does on a CPU: `grid_sample` over the box of one mask
+at a time into a boolean image of its own, and pycocotools' `encode` of each. Both must give the same bytes.
 """
 
 from functools import partial
@@ -29,17 +29,18 @@ def make_detections(count: int, sides: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def eager(masks: Tensor, boxes: Tensor) -> list[RLE]:
-    images = torch.zeros(len(masks), HEIGHT, WIDTH, dtype=torch.bool)
+    device = masks.device
+    images = torch.zeros(len(masks), HEIGHT, WIDTH, dtype=torch.bool, device=device)
     for image, mask, box in zip(images, masks, boxes):
         x1, y1, x2, y2 = box.tolist()
         left, right = max(int(x1) - 1, 0), min(int(np.ceil(x2)) + 1, WIDTH)
         top, bottom = max(int(y1) - 1, 0), min(int(np.ceil(y2)) + 1, HEIGHT)
-        x = (torch.arange(left, right) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
-        y = (torch.arange(top, bottom) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+        x = (torch.arange(left, right, device=device) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+        y = (torch.arange(top, bottom, device=device) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
         sampled = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
         image[top:bottom, left:right] = sampled >= THRESHOLD
-    return [coco_mask.encode(np.asfortranarray(image, np.uint8)) for image in images.numpy()]
+    return [coco_mask.encode(np.asfortranarray(image, np.uint8)) for image in images.cpu().numpy()]
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     records = []
     for name, sides in SIDES.items():
-        masks, boxes = make_detections(100, sides)
+        masks, boxes = (part.to(args.device) for part in make_detections(100, sides))
         functions = {'PyTorch and pycocotools': partial(eager, masks, boxes),
                      'mmdet': partial(paste_masks, masks, boxes, (HEIGHT, WIDTH), THRESHOLD)}
         found, expected = (function() for function in functions.values())

@@ -2,6 +2,7 @@
 # Run every benchmark: benchmarks/run_all.sh COCO [OUT]
 # COCO is a folder with annotations/, train2017/ and val2017/. The tables and the JSON files go to OUT.
 # MMDETECTION=PYTHON and DETECTRON2=PYTHON add peers that live in those Pythons' environments.
+# DEVICE=cuda measures a GPU: bfloat16 for all, batches of 16 images, and how batches of 1 to 32 compare.
 set -euo pipefail
 
 data=$(realpath "${1:?usage: benchmarks/run_all.sh COCO [OUT]}")
@@ -16,11 +17,25 @@ run() {  # SCRIPT NAME [FLAG]...
     "$python" "benchmarks/$1.py" --out "$out/$2.json" "${@:3}" | tee "$out/$2.txt"
 }
 
-for name in context_block memory roi_align nms masks evaluation; do
-    run "$name" "$name"
-done
-run loader loader --data "$data"
 others=(${MMDETECTION:+--mmdetection "$MMDETECTION"} ${DETECTRON2:+--detectron2 "$DETECTRON2"})
+device=(--device "${DEVICE:-cpu}")
+for name in memory roi_align deform_conv nms masks; do
+    run "$name" "$name" "${device[@]}"
+done
+
+if [[ ${DEVICE:-cpu} != cpu ]]; then
+    run context_block context_block "${device[@]}" --dtype bfloat16 --images 2 16
+    steps=("${device[@]}" --amp --data "$data" --case 800)
+    for name in inference train_step; do
+        run "$name" "$name" "${steps[@]}" --batch 16 --peers torchvision float32 'float32, GC r4' "${others[@]}"
+    done
+    run scaling scaling "${steps[@]}"
+    exit
+fi
+
+run context_block context_block
+run evaluation evaluation
+run loader loader --data "$data"
 run inference inference --data "$data" "${others[@]}"
 run train_step train_step_256 --data "$data" --case 256 "${others[@]}"
 # A peer's process takes 5 GB and more at 800 pixels: not all at once.

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from ._layout import layout_of
+
 
 def context_pool(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
@@ -53,9 +55,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """In the layout that the kernels write: channels_last where x is that alone, else contiguous."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty_like(x, memory_format=layout_of(x))
 
 
 @torch.library.register_fake('mmdet::context_pool')

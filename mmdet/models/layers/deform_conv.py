@@ -4,8 +4,10 @@ import math
 from typing import Literal, Required, TypedDict
 
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.ops import deform_conv2d
+
+from mmdet.ops import deform_conv2d
 
 
 class DeformConvConfig(TypedDict, total=False):
@@ -42,12 +44,16 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
-        # The operator computes in one dtype, and knows no half precision on the CPU.
+        # The operators compute in one dtype, and know no half precision on the CPU.
         dtype = torch.promote_types(x.dtype, torch.float32)
         offset, mask = self.conv_offset(x).to(dtype), None
         if self.modulated:
             offset, mask = offset.split([offset.shape[1] // 3 * 2, offset.shape[1] // 3], dim=1)
             mask = mask.sigmoid()
-        out = deform_conv2d(
-            x.to(dtype), offset, self.weight.to(dtype), stride=self.stride, padding=1, mask=mask)
+        wide, weight = x.to(dtype), self.weight.to(dtype)
+        if x.device.type == 'cpu':
+            out = deform_conv2d(wide, offset, mask, weight, self.stride, padding=1)
+        else:
+            out = torchvision.ops.deform_conv2d(
+                wide, offset, weight, stride=self.stride, padding=1, mask=mask)
         return out.to(x.dtype)

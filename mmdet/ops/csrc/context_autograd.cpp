@@ -142,12 +142,6 @@ Tensors<2> context_pool_and_map(const Tensor& x, const Tensor& weight, const Ten
   return {context, map};
 }
 
-// A gradient in the dtype and the sizes of what it belongs to.
-Tensor like(const Tensor& grad, const Tensor& given) {
-  const auto part = cast(grad, given.scalar_type());
-  return part.sym_sizes() == given.sym_sizes() ? part : part.view_symint(given.sym_sizes());
-}
-
 struct Transform : Function<Transform> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& context, const Tensor& first_weight, const Tensor& first_bias,

@@ -9,7 +9,13 @@
 #include <iterator>
 #include <optional>
 
+#include "layout.h"
+
 namespace mmdet {
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Half-precision inputs are computed in float32.
 inline at::ScalarType compute_type(const at::Tensor& x) {
@@ -21,10 +27,10 @@ inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
-// Layout in which a map is read and its like written: any but channels_last is made contiguous.
-inline at::MemoryFormat layout_of(const at::Tensor& x) {
-  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+// A gradient in the dtype and the sizes of what it belongs to.
+inline at::Tensor like(const at::Tensor& grad, const at::Tensor& given) {
+  const auto part = cast(grad, given.scalar_type());
+  return part.sym_sizes() == given.sym_sizes() ? part : part.view_symint(given.sym_sizes());
 }
 
 inline void check_feature_map(const char* op, const at::Tensor& x) {

@@ -11,7 +11,8 @@ extern "C" PyObject* PyInit__C() {
 
 static void pass_by(torch::Library& library) {
   for (const char* op :
-       {"roi_align", "nms", "soft_nms", "context_pool", "context_transform", "context_fuse", "paste_masks"}) {
+       {"roi_align", "nms", "soft_nms", "context_pool", "context_transform", "context_fuse", "paste_masks",
+        "deform_conv2d"}) {
     library.impl(op, torch::CppFunction::makeFallthrough());
   }
 }
@@ -29,6 +30,11 @@ TORCH_LIBRARY(mmdet, m) {
       "(Tensor, Tensor)");
   m.def(
       "paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> (Tensor, Tensor)");
+  m.def(
+      "deform_conv2d(Tensor x, Tensor offset, Tensor? mask, Tensor weight, int stride, int padding) -> Tensor");
+  m.def(
+      "deform_conv2d_backward(Tensor grad, Tensor x, Tensor offset, Tensor? mask, Tensor weight, int stride, "
+      "int padding) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("context_pool(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
   m.def("context_pool_and_map(Tensor(a) x, Tensor weight, Tensor bias) -> (Tensor, Tensor(a))");
   m.def(

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "exact.h"
+#include "layout.h"
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/MemoryFormat.h>
 #include <c10/macros/Macros.h>
 
 #include <cmath>
@@ -85,15 +85,6 @@ inline Level make_level(int64_t channels, int64_t height, int64_t width, bool ch
   const int64_t area = height * width;
   return channels_last ? Level{height, width, channels * area, 1, channels * width, channels}
                        : Level{height, width, channels * area, area, width, 1};
-}
-
-// Contiguous tensors of one channel are both; they count as planes.
-inline bool is_channels_last(const at::Tensor& feature) {
-  return feature.is_contiguous(at::MemoryFormat::ChannelsLast) && !feature.is_contiguous();
-}
-
-inline at::MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 inline void check_roi_align(

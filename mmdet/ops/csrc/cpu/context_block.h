@@ -1,9 +1,7 @@
-// Vectors, tiles and partial sums of the global context kernels on the CPU.
+// Tiles and partial sums of the global context kernels on the CPU.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <array>
@@ -15,11 +13,9 @@
 #endif
 
 #include "../context_block.h"
+#include "vectors.h"
 
 namespace mmdet {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
 
 // Of a tile. With channels last it is one run of memory, best in a second-level cache; otherwise it has a run for each
 // channel, and long runs are worth more than that: it stays in the last level.
@@ -28,25 +24,8 @@ constexpr int64_t kMinWidth = 16, kMaxWidth = 2048;  // positions of a tile
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
 
-inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 inline int64_t rows_per_task(int64_t row_size) {
   return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, row_size));
-}
-
-// body(first, count) for each vector of a row; count is a constant but for the last.
-template <typename T, typename F>
-inline void for_vectors(int64_t size, const F& body) {
-  constexpr int64_t step = Vec<T>::size();
-  int64_t i = 0;
-  for (; i + step <= size; i += step) {
-    body(i, step);
-  }
-  if (i < size) {
-    body(i, size - i);
-  }
 }
 
 // Whether a map comes from and goes to memory, whatever is done with it.
@@ -75,11 +54,6 @@ void parallel_for(int64_t count, int64_t grain, const F& body) {
     _mm_sfence();
 #endif
   });
-}
-
-template <typename T>
-inline T sum_lanes(const Vec<T>& v) {
-  return at::vec::vec_reduce_all<T>([](Vec<T> a, Vec<T> b) { return a + b; }, v);
 }
 
 // A map (N, C, P) or, channels_last, (N, P, C), in tiles of `width` positions with all their channels, which stay in the

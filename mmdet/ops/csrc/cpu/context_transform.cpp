@@ -91,11 +91,6 @@ at::Tensor plain(const at::Tensor& parameter, at::IntArrayRef sizes, at::ScalarT
   return cast(parameter.sizes() == sizes ? parameter : parameter.reshape(sizes), type);
 }
 
-// A gradient in the dtype and the sizes of what it belongs to.
-at::Tensor like(const at::Tensor& grad, const at::Tensor& given) {
-  return cast(grad, given.scalar_type()).reshape(given.sizes());
-}
-
 // The output, and what the backward pass needs: what the layer norm gets, what follows its ReLU, mean and inverse
 // deviation. All are of the computing type.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_transform(

@@ -195,23 +195,6 @@ int64_t widest(const std::vector<Level>& pyramid) {
   return width;
 }
 
-at::Tensor in_cells(const at::Tensor& feature) {
-  if (feature.size(1) == 1) {
-    return feature.contiguous();
-  }
-  if (feature.is_contiguous(at::MemoryFormat::ChannelsLast)) {
-    return feature;
-  }
-  const auto planes = feature.contiguous();
-  auto cells = at::empty(feature.sizes(), feature.options().memory_format(at::MemoryFormat::ChannelsLast));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, feature.scalar_type(), "roi_align", [&] {
-    transpose<true>(
-        planes.const_data_ptr<scalar_t>(), feature.size(0), feature.size(1), feature.size(2) * feature.size(3),
-        cells.mutable_data_ptr<scalar_t>());
-  });
-  return cells;
-}
-
 at::Tensor roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
@@ -300,14 +283,7 @@ std::vector<at::Tensor> roi_align_backward(
       }
     });
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (!channels_last) {
-        const auto planes = at::empty({images, channels, pyramid[i].height, pyramid[i].width}, options);
-        transpose<false>(
-            outputs[i].const_data_ptr<T>(), images, channels, pyramid[i].height * pyramid[i].width,
-            planes.mutable_data_ptr<T>());
-        outputs[i] = planes;
-      }
-      outputs[i] = outputs[i].to(grad.scalar_type());
+      outputs[i] = (channels_last ? outputs[i] : in_planes(outputs[i])).to(grad.scalar_type());
     }
   });
   return outputs;

@@ -1,7 +1,9 @@
 // Feature maps from contiguous to channels_last layout and back, several times as fast as a strided copy.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -26,7 +28,7 @@ inline __attribute__((always_inline)) void transpose_tile(
   }
 }
 
-// Planes (N, C, H * W) to cells (N, H * W, C), or the other way round.
+// Planes (N, C, P) to cells (N, P, C), or the other way round.
 template <bool to_cells, typename T>
 void transpose(const T* source, int64_t images, int64_t channels, int64_t area, T* target) {
   const int64_t strips = (area + kStrip - 1) / kStrip;
@@ -49,6 +51,31 @@ void transpose(const T* source, int64_t images, int64_t channels, int64_t area, 
       }
     }
   });
+}
+
+template <bool to_cells>
+at::Tensor transpose(const at::Tensor& map) {
+  const auto layout = to_cells ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  auto output = at::empty(map.sizes(), map.options().memory_format(layout));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, map.scalar_type(), "transpose", [&] {
+    transpose<to_cells>(
+        map.const_data_ptr<scalar_t>(), map.size(0), map.size(1), map.size(2) * map.size(3),
+        output.mutable_data_ptr<scalar_t>());
+  });
+  return output;
+}
+
+// (N, C, H, W) of any strides in channels_last layout; a single channel is that as it is.
+inline at::Tensor in_cells(const at::Tensor& map) {
+  if (map.size(1) == 1) {
+    return map.contiguous();
+  }
+  return map.is_contiguous(at::MemoryFormat::ChannelsLast) ? map : transpose<true>(map.contiguous());
+}
+
+// What lies channels_last, plane by plane.
+inline at::Tensor in_planes(const at::Tensor& cells) {
+  return transpose<false>(cells);
 }
 
 }  // namespace mmdet

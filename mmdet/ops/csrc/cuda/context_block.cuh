@@ -18,10 +18,6 @@ constexpr int kThreads = 256;
 constexpr int kBatch = 8;   // packs that a thread has under way
 constexpr int kSteps = 16;  // positions that a thread takes, where the layout is channels_last
 
-inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 inline int64_t multiprocessors() {
   int count = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
