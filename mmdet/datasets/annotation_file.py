@@ -73,19 +73,20 @@ def index_images(records: list[dict], folder: str, ann_file: str) -> dict[int, d
     """Image id -> item without annotations, in the order of the file.
 
     Raises:
-        ValueError: an image lacks a key, or its id is not unique.
+        ValueError: an image lacks a key, or its id is negative or not unique.
     """
     images: dict[int, dict[str, Any]] = {}
     for record in records:
         try:
             image_id, path = record['id'], os.path.join(folder, record['file_name'])
             height, width = record['height'], record['width']
-            valid = isinstance(image_id, int) and height > 0 and width > 0
+            valid = isinstance(image_id, int) and image_id >= 0 and height > 0 and width > 0
         except (KeyError, TypeError):
             valid = False
         if not valid:
             raise ValueError(
-                f'{ann_file}: an image needs an integer id, file_name, height and width: {str(record)[:200]}')
+                f'{ann_file}: an image needs an integer id from 0 on, file_name, height and width: '
+                f'{str(record)[:200]}')
         if image_id in images:
             raise ValueError(f'{ann_file}: image id {image_id} is not unique')
         images[image_id] = dict(

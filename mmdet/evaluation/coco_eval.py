@@ -7,6 +7,7 @@ in place of the box.
 
 import io
 import json
+import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: li
                 category_id=annotation['category_id'],
                 bbox=box,
                 area=box[2] * box[3] if area is None else area,
-                iscrowd=int(annotation.get('iscrowd', 0)),
+                iscrowd=int(annotation.get('iscrowd') or 0),
                 segmentation=annotation.get('segmentation')))
     return dict(
         images=[image for image in content['images'] if image['id'] in wanted_images],
@@ -125,7 +126,10 @@ def _segmentation_problem(segmentation: Any, size: list[int]) -> str:
     if not segmentation:
         return 'has no segmentation'
     if isinstance(segmentation, list):
-        return '' if len(segmentation[0]) >= 6 else 'has a polygon of fewer than 3 points'
+        if len(segmentation[0]) < 6:
+            return 'has a polygon of fewer than 3 points'
+        finite = all(math.isfinite(sum(polygon)) for polygon in segmentation)
+        return '' if finite else 'has a polygon with NaN or infinite coordinates'
     if 'counts' not in segmentation or list(segmentation.get('size', ())) != size:
         return f'has no RLE of the size of its image, {size} (height, width)'
     return ''

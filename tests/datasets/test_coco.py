@@ -143,6 +143,7 @@ def test_random_draws_follow_seed_epoch_and_index(make_coco):
     (lambda c: c['annotations'][0].update(segmentation=[[2, 3, None, 3, 12, 11]]), 'nor an RLE: .*None'),
     (lambda c: c['annotations'][0].update(segmentation='2 3 12 3'), 'annotation 1 is neither a list'),
     (lambda c: c['images'][1].update(id=0), 'image id 0 is not unique'),
+    (lambda c: c['images'][1].update(id=-7), "an image needs an integer id from 0 on, .*'id': -7"),
     (lambda c: c['images'][1].pop('width'), 'an image needs .* width'),
     (lambda c: c['images'][1].update(file_name=None), 'an image needs .* file_name'),
     (lambda c: c['images'].clear(), 'image_id that is not in the file'),

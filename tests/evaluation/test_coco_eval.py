@@ -174,6 +174,7 @@ def test_only_the_images_and_categories_asked_for_count(small):
 def test_absent_fields_are_filled_in(small):
     for annotation in small['annotations']:
         del annotation['iscrowd'], annotation['area'], annotation['id']
+    small['annotations'][0].update(iscrowd=None, area=None, id=None)
     truth = select_ground_truth(small, [1, 2], [3, 5])
     assert [a['area'] for a in truth['annotations']] == [1600, 400, 2500]
     assert run_coco_eval(truth, perfect(small), 'bbox').stats[0] == pytest.approx(1)
@@ -203,6 +204,7 @@ def test_masks_that_cannot_be_compared_are_errors(small):
 @pytest.mark.parametrize('segmentation, problem', [
     ([], 'has no segmentation'), (None, 'has no segmentation'),
     ([[1, 1, 5, 5]], 'has a polygon of fewer than 3 points'),
+    ([[1, 1, 5, 5, float('nan'), 5]], 'has a polygon with NaN or infinite coordinates'),
     (dict(counts=[12000]), r'has no RLE of the size of its image, \[100, 120\]'),
     (dict(counts=[12000], size=[120, 100]), r'has no RLE of the size of its image, \[100, 120\]'),
 ])

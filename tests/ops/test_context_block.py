@@ -144,6 +144,17 @@ def test_fuse_with_relu(device, dtype, scaled, layout):
                 args, tolerance_of(dtype))
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_logits_of_minus_infinity_weigh_nothing(device, layout):
+    """Even if a whole tile has no other."""
+    x = torch.randn(1, 24, 80, 90)
+    x[:, 0, :50] = -3e38
+    weight = torch.cat([torch.tensor([10.0]), torch.randn(23)])
+    context, _ = context_pool(x.to(device, memory_format=layout), weight.to(device))
+    expected = eager_pool(x[:, :, 50:].double(), weight.double(), torch.zeros(1).double())
+    torch.testing.assert_close(context.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_not_a_number_stays(device):
     """Only where it is, in the sums as well."""
     x = torch.zeros(2, 3, 4, 5, device=device)

@@ -114,6 +114,14 @@ def test_gradcheck(masked):
     torch.autograd.gradcheck(deform_conv2d, leaves)
 
 
+def test_no_gradient_of_the_gradient():
+    arguments = make_arguments()
+    x = arguments[0].requires_grad_()
+    [grad] = torch.autograd.grad(deform_conv2d(*arguments, padding=1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='derivative for mmdet::deform_conv2d_backward is not'):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(masked, layout):

@@ -79,6 +79,25 @@ def test_gradcheck(device, ratio, aligned, layout):
         nondet_tol=1e-12, fast_mode=False)
 
 
+def test_no_gradient_of_the_gradient(device):
+    x = torch.randn(1, 2, 6, 6, device=device, requires_grad=True)
+    output = roi_align(x, torch.tensor([[0, 1.0, 1, 40, 40]], device=device), 2, SCALE)
+    [grad] = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='derivative for mmdet::roi_align_backward is not'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('samples', [2, 12, 14, 19, 31])
+def test_half_of_a_bin_is_a_half(samples, layout):
+    """Mask targets are what reaches 0.5: a bin of which half is the object must not fall short of it."""
+    x = torch.zeros(1, 2, 4 * samples, 4 * samples).to(memory_format=layout)
+    x[:, :, :2 * samples] = 1
+    box = torch.tensor([[0, 0.0, samples, samples, 3 * samples]]).float()
+    found = roi_align(x, box, 1, 1.0)
+    assert torch.equal(found, torch.full((1, 2, 1, 1), 0.5))
+
+
 def make_pyramid(device, dtype=torch.float32, layout=torch.contiguous_format) -> list[Tensor]:
     """Three levels of two images of 240 x 160 pixels."""
     levels = [torch.randn(2, 6, *size) for size in ((40, 60), (20, 30), (10, 15))]

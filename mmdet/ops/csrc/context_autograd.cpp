@@ -2,7 +2,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -19,7 +18,6 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
-using torch::autograd::compute_requires_grad;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 using Optional = std::optional<Tensor>;
@@ -97,6 +95,20 @@ Tensors<4> context_fuse_backward(
 
 }  // namespace op
 
+bool has_tangent(const Tensor& tensor) {
+  return tensor._fw_grad(0).defined();
+}
+
+bool has_tangent(const Optional& tensor) {
+  return tensor && has_tangent(*tensor);
+}
+
+// In either mode; the forward one ends in an error, and not in a derivative of zero.
+template <typename... Inputs>
+bool is_differentiated(const Inputs&... inputs) {
+  return torch::autograd::compute_requires_grad(inputs...) || (has_tangent(inputs) || ...);
+}
+
 // What has no gradient leaves a forward function by a pointer: compiled autograd takes no mark_non_differentiable.
 
 // Context and x, whose gradient as an output is added in the pass that writes the pooling's.
@@ -124,7 +136,7 @@ struct Pool : Function<Pool> {
 
 // Context, attention and x.
 Tensors<3> pool(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  if (!compute_requires_grad(x, weight, bias)) {
+  if (!is_differentiated(x, weight, bias)) {
     return std::tuple_cat(op::context_pool(x, weight, bias), std::tuple(x));
   }
   Tensor attention;
@@ -180,7 +192,7 @@ struct Transform : Function<Transform> {
 Tensors<5> context_transform(
     const Tensor& context, const Tensor& first_weight, const Tensor& first_bias, const Tensor& norm_weight,
     const Tensor& norm_bias, const Tensor& last_weight, const Tensor& last_bias, double eps) {
-  if (!compute_requires_grad(
+  if (!is_differentiated(
           context, first_weight, first_bias, norm_weight, norm_bias, last_weight, last_bias)) {
     return op::context_transform(
         context, first_weight, first_bias, norm_weight, norm_bias, last_weight, last_bias, eps);
@@ -239,7 +251,7 @@ struct Fuse : Function<Fuse> {
 
 Tensor context_fuse(
     const Tensor& x, const Optional& scale, const Optional& shift, const Optional& identity, bool relu) {
-  return compute_requires_grad(x, scale, shift, identity) ? Fuse::apply(x, scale, shift, identity, relu)
+  return is_differentiated(x, scale, shift, identity) ? Fuse::apply(x, scale, shift, identity, relu)
                                                           : op::context_fuse(x, scale, shift, identity, relu);
 }
 
@@ -249,9 +261,6 @@ TORCH_LIBRARY_IMPL(mmdet, Autograd, m) {
   m.impl("context_pool", &context_pool);
   m.impl("context_transform", &context_transform);
   m.impl("context_fuse", &context_fuse);
-  for (const char* op : {"context_pool_backward", "context_transform_backward", "context_fuse_backward"}) {
-    m.impl(op, torch::autograd::autogradNotImplementedFallback());
-  }
 }
 
 // Of parts that have kernels, since an op with one of its own must not return what it was given.

@@ -1,6 +1,7 @@
 // Schemas of all ops. Kernels stand beside their TORCH_LIBRARY_IMPL blocks in cpu/ and cuda/; fake kernels in ../*.py,
 // autograd formulas there or in context_autograd.cpp.
 #include <Python.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 // Importing mmdet._C only has to load the library: its static initialisers register the ops.
@@ -51,6 +52,15 @@ TORCH_LIBRARY(mmdet, m) {
   m.def(
       "context_fuse_backward(Tensor grad, Tensor? x, Tensor? scale, Tensor? output) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+}
+
+// Backward passes have no derivative, and say so when one is asked for.
+TORCH_LIBRARY_IMPL(mmdet, Autograd, m) {
+  for (const char* op :
+       {"roi_align_backward", "deform_conv2d_backward", "context_pool_backward", "context_transform_backward",
+        "context_fuse_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 // Autocast passes all ops by: they take a half-precision feature map with float32 RoIs and weights as they come, and

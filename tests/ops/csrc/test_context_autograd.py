@@ -83,6 +83,18 @@ def test_no_gradient_of_the_gradient(device):
             grad.sum().backward()
 
 
+def test_no_derivative_in_forward_mode(device):
+    x, weight, bias, _ = block_arguments(device)
+    transform = [torch.randn(size, device=device) for size in SIZES]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for function in (
+                lambda: context_pool(dual, weight, bias), lambda: context_fuse(x, None, dual.mean((2, 3))),
+                lambda: context_transform(dual[:, :, :2, 0].flatten(1), *transform[1:])):
+            with pytest.raises(RuntimeError, match='jvp is not implemented'):
+                function()
+
+
 @pytest.mark.parametrize('enabled', [False, True])
 def test_nothing_is_kept_without_need(device, enabled):
     kept = []

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -65,7 +66,8 @@ std::tuple<at::Tensor, at::Tensor> context_pool(const at::Tensor& x, const at::T
     for_tiles(map, [&](const Tile& tile) {
       scalar_t* a = pa + tile.image * map.area + tile.first;
       sum_channels(tile, px, pw, a);
-      const scalar_t top = *std::max_element(a, a + tile.width);
+      // Finite, so that logits of -infinity weigh nothing.
+      const scalar_t top = std::max(*std::max_element(a, a + tile.width), std::numeric_limits<scalar_t>::lowest());
       at::vec::map([&](Vec<scalar_t> logit) { return (logit - Vec<scalar_t>(top)).exp(); }, a, a, tile.width);
       maximum[tile.index] = top;
       sum[tile.index] = at::vec::reduce_all<scalar_t>(

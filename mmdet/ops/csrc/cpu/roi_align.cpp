@@ -52,8 +52,8 @@ Axis<T> make_axis(const RoiSamples<T>& samples, int bins, int extent) {
   for (int b = 0; b < bins; ++b) {
     for (int i = 0; i < samples.grid; ++i) {
       const auto tap = linear_tap(samples.at(b, i), extent);
-      add(tap.low, tap.weight_low / samples.grid);
-      add(tap.high, tap.weight_high / samples.grid);
+      add(tap.low, tap.weight_low);
+      add(tap.high, tap.weight_high);
     }
     axis.begin.push_back(static_cast<int>(axis.cell.size()));
   }
@@ -70,6 +70,7 @@ struct Roi {
   Axis<T> x;
   std::vector<int> columns;
   bool dense;
+  T count;  // samples of a bin, by which is divided last: the mean of zeros and as many ones is a half, not less
 };
 
 template <typename T>
@@ -117,8 +118,11 @@ std::vector<Roi<T>> make_rois(
       }
       const auto& level = pyramid[roi.level];
       const T scale = static_cast<T>(spatial_scales[roi.level]);
-      roi.x = make_axis(roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned), width, level.width);
-      roi.y = make_axis(roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned), height, level.height);
+      const auto x = roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned);
+      const auto y = roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned);
+      roi.x = make_axis(x, width, level.width);
+      roi.y = make_axis(y, height, level.height);
+      roi.count = std::max(T(1), T(x.grid) * T(y.grid));
       compact_columns(roi, one_channel);
     }
   });
@@ -231,7 +235,7 @@ at::Tensor roi_align(
         }
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t b = 0; b < bins; ++b) {
-            target[c * bins + b] = static_cast<scalar_t>(result[b * channels + c]);
+            target[c * bins + b] = static_cast<scalar_t>(result[b * channels + c] / roi.count);
           }
         }
       }
@@ -270,7 +274,8 @@ std::vector<at::Tensor> roi_align_backward(
         for (int64_t i = 0; i < count; ++i) {
           const scalar_t* source = pooled + k * grad.stride(0) + (begin + i) * grad.stride(1);
           for (int64_t b = 0; b < bins; ++b) {
-            values[b * count + i] = static_cast<T>(source[b / width * grad.stride(2) + b % width * grad.stride(3)]);
+            const T value = static_cast<T>(source[b / width * grad.stride(2) + b % width * grad.stride(3)]);
+            values[b * count + i] = value / roi.count;
           }
         }
         const auto& level = pyramid[roi.level];

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(
     }
     mean = __shfl_sync(0xffffffff, add_batch(means), 0);
   }
-  T top = -std::numeric_limits<T>::infinity(), total = 0;
+  T top = std::numeric_limits<T>::lowest(), total = 0;  // finite: logits of -infinity weigh nothing
   for (int start = 0; start < width; start += kBatch) {
     Pack<scalar_t, kPack> packs[kBatch];
 #pragma unroll

@@ -18,7 +18,7 @@ constexpr int64_t kTileBytes = 1 << 16;
 template <typename T, bool kBackward>
 __device__ void weigh(int thread, int width, T* share, T mean, int64_t position, const Results<T>& results) {
   if (thread < kWarp) {
-    T top = -std::numeric_limits<T>::infinity(), total = 0;
+    T top = std::numeric_limits<T>::lowest(), total = 0;  // finite: logits of -infinity weigh nothing
     if (!kBackward) {
       for (int i = thread; i < width; i += kWarp) {
         top = max(top, share[i]);
