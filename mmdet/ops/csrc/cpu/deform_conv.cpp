@@ -22,7 +22,7 @@
 namespace mmdet {
 namespace {
 
-constexpr int64_t kColumnBytes = 32 << 20;  // of a strip
+constexpr int64_t kColumnBytes = 4 << 20;  // of a strip, which stays in the cache
 
 // Channels of one group and one part.
 struct Segment {
