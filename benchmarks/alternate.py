@@ -4,14 +4,13 @@ Malloc keeps memory for all of them.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import common_parser, device
 
 from mmdet.utils.env import keep_memory
 
@@ -20,11 +19,8 @@ CALLS = 20  # in a GPU's queue
 
 def op_parser(doc: str | None) -> argparse.ArgumentParser:
     """The flags of a benchmark of an op."""
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    parser = common_parser(doc)
+    parser.add_argument('--device', type=device, default='cpu')
     return parser
 
 
@@ -71,11 +67,3 @@ def compare(case: str, functions: dict[str, Callable[[], Any]], rounds: int) -> 
               f'({wall["smallest"]:.2f} to {wall["largest"]:.2f}), by CPU time {cpu["ratio"]:.2f}')
         records.append(record)
     return records
-
-
-def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
-    """Write what was measured, and with what, where ``--out`` says."""
-    if args.out:
-        device = torch.cuda.get_device_name() if args.device != 'cpu' else args.device
-        about = dict(torch=torch.__version__, device=device, threads=args.threads, rounds=args.rounds)
-        args.out.write_text(json.dumps(dict(about, records=records), indent=2) + '\n')

@@ -12,10 +12,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from terminaltables import AsciiTable
@@ -32,16 +33,33 @@ MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
 
 
 def common_parser(doc: str | None) -> argparse.ArgumentParser:
-    """The flags of every script."""
+    """The flags of every script that times something in rounds."""
     parser = argparse.ArgumentParser(description=(doc or '').partition('\n')[0])
     parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
-    parser.add_argument('--rounds', type=int, default=5, help='timed steps of each peer')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='of each process')
+    parser.add_argument('--rounds', type=positive, default=5, help='timed steps of each peer')
+    parser.add_argument('--threads', type=positive, default=torch.get_num_threads(), help='of each process')
     return parser
 
 
+def positive(text: str) -> int:
+    """A flag's value: a number from 1 on."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number from 1 on')
+    return int(text)
+
+
+def device(text: str) -> str:
+    """A flag's value: a device of this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f'{text!r} is no device of this machine: {problem}') from None
+    return text
+
+
 def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequence[str],
-         agree: Callable[[dict[str, Any]], Iterable[str]],
+         agree: Callable[[argparse.Namespace, dict[str, Any]], Iterable[str]],
          other: Callable[[argparse.Namespace, str], dict[str, list[str]]]) -> None:
     """Time the peers on each case and print times, ratios to the first peer, and how their results agree.
 
@@ -49,7 +67,8 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         parser: from ``common_parser``, with the script's flags, ``--peers`` not among them.
         peers: by name; the first is what the others are compared with.
         cases: values of the flag ``--case``; a peer is prepared for one of them.
-        agree: lines on how the results of a case agree, from the peers' results by name.
+        agree: lines on how the results of a case agree, from the arguments and the peers' results by name;
+            raises SystemExit where they do not.
         other: commands of further peers, by name, from the arguments and the case.
     """
     parser.add_argument('--case', nargs='+', choices=cases, default=cases)
@@ -65,10 +84,10 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         own = [sys.executable, *sys.argv, '--case', case, '--worker']
         commands = {name: [*own, name] for name in args.peers} | other(args, case)
         for malloc, env in MALLOC.items() if args.device == 'cpu' else [('malloc as it is', {})]:
-            timed[malloc], results = _time_in_turns(commands, args, env)
+            timed[malloc], lines = _time_in_turns(commands, args, env, agree)
             records += [dict(case=case, malloc=malloc, peer=name, **series)
                         for name, series in timed[malloc].items()]
-        print(_table(case, timed), *agree(results), '', sep='\n', flush=True)
+        print(_table(case, timed), *lines, '', sep='\n', flush=True)
     write_json(args, records)
 
 
@@ -117,16 +136,18 @@ def serve_other(
 
 
 def _time_in_turns(
-    commands: dict[str, list[str]], args: argparse.Namespace, env: dict[str, str]
-) -> tuple[dict[str, Series], dict[str, Any]]:
-    """What was measured in each round and results, by peer."""
+    commands: dict[str, list[str]], args: argparse.Namespace, env: dict[str, str],
+    agree: Callable[[argparse.Namespace, dict[str, Any]], Iterable[str]],
+) -> tuple[dict[str, Series], list[str]]:
+    """What was measured in each round, by peer, and how their results agree."""
     threads = dict(OMP_NUM_THREADS=str(args.threads))
+    errors = {name: tempfile.TemporaryFile('w+') for name in commands}
     workers = {
         name: subprocess.Popen(
             command, env=os.environ | threads | env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors[name])
         for name, command in commands.items()}
-    results = {name: _answer(name, worker) for name, worker in workers.items()}
+    lines = list(agree(args, {name: _answer(name, worker, errors[name]) for name, worker in workers.items()}))
     times: dict[str, Series] = {name: {} for name in commands}
     for _ in range(args.rounds):
         for name, worker in workers.items():
@@ -135,20 +156,22 @@ def _time_in_turns(
                 print(file=worker.stdin, flush=True)
             except BrokenPipeError:
                 pass  # it has died, which the answer tells
-            for clock, value in _answer(name, worker).items():
+            for clock, value in _answer(name, worker, errors[name]).items():
                 times[name].setdefault(clock, []).append(value)
     for worker in workers.values():
         worker.communicate()
-    return times, results
+    return times, lines
 
 
-def _answer(name: str, worker: subprocess.Popen) -> Any:
+def _answer(name: str, worker: subprocess.Popen, errors: IO[str]) -> Any:
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError(
-            f'{name} has stopped with {worker.wait()}; if it was killed for want of memory (-9), give fewer '
-            f'--peers; `{" ".join(map(str, worker.args))}` shows more')  # type: ignore
+        status = worker.wait()
+        errors.seek(0)
+        said = [text.strip() for text in errors if text.strip()]
+        reason = 'killed, maybe for want of memory: give fewer --peers' if status == -9 else said and said[-1]
+        raise SystemExit(f'error: {name} has stopped with {status}: {reason or "it said nothing"}')
     return json.loads(line)
 
 

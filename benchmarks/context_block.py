@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from alternate import compare, op_parser, write
+from alternate import compare, op_parser
+from common import write_json
 from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock
@@ -132,7 +133,7 @@ def main() -> None:
         shape = (images, channels, *SIZES[channels])
         records += measure(args, layout, shape, ratio, residual, backward)
     print('outputs and gradients agree within 200 roundings of the largest')
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

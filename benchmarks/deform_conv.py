@@ -8,7 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import torchvision
-from alternate import compare, op_parser, write
+from alternate import compare, op_parser
+from common import write_json
 from torch import Tensor
 
 from mmdet.ops import deform_conv2d
@@ -53,7 +54,7 @@ def main() -> None:
         for channels, size in zip(widths, SIZES):
             records += measure(groups, channels, size, args.device, args.rounds)
     print('outputs and gradients agree within 1e-4')
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import device, positive
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -20,19 +21,41 @@ NUM_CLASSES = 80
 OTHER = ('mmdetection', 'detectron2')  # mmdetection's package has the name of this project's
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
     """``--data``: real images."""
-    parser.add_argument('--data', type=Path, required=True,
+    parser.add_argument('--data', type=coco_folder, required=True,
                         help='folder with annotations/instances_{train,val}2017.json, train2017/, val2017/')
-    parser.add_argument('--batch', type=int, help='images a step')
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--amp``, and peers that live in environments of their own."""
-    parser.add_argument('--device', default='cpu')
+    """``--data``, ``--device`` and ``--amp``."""
+    add_data_argument(parser)
+    parser.add_argument('--device', type=device, default='cpu')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast for all peers')
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The size of the batch, and peers that live in environments of their own."""
+    parser.add_argument('--batch', type=positive, help='images a step')
     for name in OTHER:
-        parser.add_argument(f'--{name}', metavar='PYTHON', help=f'Python of an environment with {name}')
+        parser.add_argument(
+            f'--{name}', type=interpreter, metavar='PYTHON', help=f'Python of an environment with {name}')
+
+
+def coco_folder(text: str) -> Path:
+    """A flag's value: a folder with COCO's two annotation files."""
+    for part in ('train', 'val'):
+        file = Path(text) / 'annotations' / f'instances_{part}2017.json'
+        if not file.is_file():
+            raise argparse.ArgumentTypeError(f'{file} does not exist')
+    return Path(text)
+
+
+def interpreter(text: str) -> str:
+    """A flag's value: a command that there is."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f'{text!r} is no command')
+    return text
 
 
 def autocast(args: argparse.Namespace, enabled: bool = False) -> torch.autocast:
@@ -160,8 +183,10 @@ def torchvision_images(batch: dict[str, Any], device: str) -> list[Tensor]:
     return [image.to(device).flip(0).float() / 255 for image in batch['inputs']]
 
 
-def agreement(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> str:
-    """How many expected detections were found: the same, or at least of the same label where they are."""
+def agreement(
+    found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]
+) -> tuple[float, str]:
+    """The share of expected detections that were found, and how many were at least of the same label."""
     same = near = total = 0
     for a, b in zip(found, expected):
         boxes = [torch.tensor(r['boxes']).reshape(-1, 4) for r in (a, b)]
@@ -172,5 +197,6 @@ def agreement(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]
         same += int(equal.any(dim=0).sum())
         near += int((same_label & (box_iou(*boxes) > 0.5)).any(dim=0).sum())
         total += len(labels[1])
-    return (f'of {total} detections {same} have the same label, box (0.5 pixel) and score (0.001), '
-            f'{near} the same label and a box of IoU > 0.5')
+    return same / max(total, 1), (
+        f'of {total} detections {same} have the same label, box (0.5 pixel) and score (0.001), '
+        f'{near} the same label and a box of IoU > 0.5')

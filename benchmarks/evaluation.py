@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import positive, write_json
 from mmengine.logging import MMLogger
 
 from mmdet.evaluation import CocoMetric
+from mmdet.evaluation.coco_eval import BACKENDS
 from mmdet.structures.masks import paste_masks
 
 HEIGHT, WIDTH, CLASSES, OBJECTS, DETECTIONS = 480, 640, 80, 7, 100
@@ -90,9 +92,9 @@ def measure(backend: str, ann_file: str, predictions: list[dict[str, Any]], repe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--images', type=int, default=5000)
-    parser.add_argument('--repeats', type=int, default=1)
-    parser.add_argument('--backends', nargs='+', default=['hotcoco', 'pycocotools'])
+    parser.add_argument('--images', type=positive, default=5000)
+    parser.add_argument('--repeats', type=positive, default=1)
+    parser.add_argument('--backends', nargs='+', choices=list(BACKENDS), default=list(BACKENDS))
     parser.add_argument('--out', type=Path, metavar='FILE.json')
     args = parser.parse_args()
     report = {}
@@ -110,8 +112,7 @@ def main() -> None:
         print(f'{backend:>12}: {middle:7.1f} s ({min(row["seconds"]):.1f} to {max(row["seconds"]):.1f}), '
               f'peak {row["peak_gb"]:.2f} GB, '
               f'{middle / statistics.median(first["seconds"]):5.1f} times as long as {args.backends[0]}')
-    if args.out:
-        args.out.write_text(json.dumps(dict(images=args.images, evaluation=report), indent=1))
+    write_json(args, [dict(row, backend=backend) for backend, row in report.items()])
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from detectors import (
     CONTEXT,
     OTHER,
     PLAIN,
-    add_data_arguments,
+    add_peer_arguments,
     add_step_arguments,
     agreement,
     autocast,
@@ -79,10 +79,13 @@ def torchvision(args: argparse.Namespace) -> Step:
     return step
 
 
-def agree(results: dict[str, Any]) -> Iterable[str]:
+def agree(args: argparse.Namespace, results: dict[str, Any]) -> Iterable[str]:
     for name in ('torchvision', *OTHER, 'float32, folded', 'bfloat16'):
         if {name, 'float32'} <= results.keys():
-            yield f'float32 and {name}: {agreement(results["float32"], results[name])}'
+            share, line = agreement(results['float32'], results[name])
+            yield f'float32 and {name}: {line}'
+            if share < 0.9 and name != 'bfloat16' and not args.amp:
+                raise SystemExit(f'error: float32 and {name} find other objects: {line}')
     counts = {name: [len(image['labels']) for image in found] for name, found in results.items()}
     yield f'detections: {counts}'
 
@@ -93,6 +96,6 @@ PEERS: dict[str, Peer] = {
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
-    add_data_arguments(parser)
     add_step_arguments(parser)
+    add_peer_arguments(parser)
     main(parser, PEERS, ['800', '256'], agree, partial(other_commands, part='test'))

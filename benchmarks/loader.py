@@ -10,8 +10,8 @@ import statistics
 import time
 from typing import Any
 
-from common import common_parser, write_json
-from detectors import CONFIGS, add_data_arguments
+from common import common_parser, positive, write_json
+from detectors import CONFIGS, add_data_argument
 from terminaltables import AsciiTable
 
 
@@ -31,7 +31,8 @@ def measure(cfg: Any, workers: int, rounds: int) -> list[float]:
 
 def main() -> None:
     parser = common_parser(__doc__)
-    add_data_arguments(parser)
+    add_data_argument(parser)
+    parser.add_argument('--batch', type=positive, help='images a batch')
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
     args = parser.parse_args()
     from mmengine.registry import init_default_scope

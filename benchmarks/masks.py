@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from alternate import compare, op_parser, write
+from alternate import compare, op_parser
+from common import write_json
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def main() -> None:
         assert found == expected, 'the masks differ'
         records += compare(f'100 {name} boxes on {WIDTH} x {HEIGHT}', functions, args.rounds)
     print('the same bytes from both')
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,11 @@
 Of the backbone and two images at 800 x 1344. A parameter counts three times: with its gradient and momentum.
 """
 
+import argparse
+from pathlib import Path
+
 import torch
-from alternate import op_parser, write
+from common import device, write_json
 from detectors import CONFIGS
 from torch import Tensor
 
@@ -34,8 +37,10 @@ def measure(name: str, device: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    args = op_parser(__doc__).parse_args()
-    torch.set_num_threads(args.threads)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    parser.add_argument('--device', type=device, default='cpu')
+    args = parser.parse_args()
     records = []
     for name in NAMES:
         maps, parameters = measure(name, args.device)
@@ -44,7 +49,7 @@ def main() -> None:
         records.append(dict(name=name, maps=maps, parameters=parameters))
         print(f'{name:46} maps {maps / 1e6:7.1f} MB ({(maps - base[0]) / 1e6:+.1f}), '
               f'parameters {parameters / 1e6:6.1f} MB ({(parameters - base[1]) / 1e6:+.1f})', flush=True)
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 import torchvision
-from alternate import compare, op_parser, write
+from alternate import compare, op_parser
+from common import write_json
 
 from mmdet.ops import batched_nms
 
@@ -28,7 +29,7 @@ def main() -> None:
             assert torch.equal(kept, expected), 'the kept boxes differ'
             records += compare(f'{count} boxes, {classes} classes, {len(kept)} kept', functions, args.rounds)
     print('all kept the same boxes')
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 import torchvision
-from alternate import compare, op_parser, write
+from alternate import compare, op_parser
+from common import write_json
 from torch import Tensor
 
 from mmdet.ops import roi_align
@@ -50,7 +51,7 @@ def main() -> None:
         records += compare(f'{case}, forward', forward, args.rounds)
         records += compare(f'{case}, backward', backward, args.rounds)
     print('outputs and gradients agree within 1e-5')
-    write(args, records)
+    write_json(args, records)
 
 
 if __name__ == '__main__':

@@ -6,9 +6,14 @@
 set -euo pipefail
 
 data=$(realpath "${1:?usage: benchmarks/run_all.sh COCO [OUT]}")
-out=${2:-work_dirs/benchmarks}
+if [[ ! -f $data/annotations/instances_val2017.json ]]; then
+    echo "error: $data has no annotations/instances_val2017.json" >&2
+    exit 1
+fi
+out=${2:+$(mkdir -p "$2" && realpath "$2")}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
+out=${out:-work_dirs/benchmarks}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 
@@ -33,14 +38,20 @@ if [[ ${DEVICE:-cpu} != cpu ]]; then
     exit
 fi
 
+# Without AVX-512 a step in bfloat16 takes minutes.
+half=$("$python" -c "import torch; print('bfloat16' * ('AVX512' in torch.backends.cpu.get_cpu_capability()))")
 run context_block context_block
 run evaluation evaluation
 run loader loader --data "$data"
-run inference inference --data "$data" "${others[@]}"
-run train_step train_step_256 --data "$data" --case 256 "${others[@]}"
+run inference inference --data "$data" --peers torchvision float32 'float32, folded' 'float32, GC r4' $half \
+    "${others[@]}"
+run train_step train_step_256 --data "$data" --case 256 --peers torchvision float32 'float32, GC r4' $half \
+    "${others[@]}"
 # A peer's process takes 5 GB and more at 800 pixels: not all at once.
 run train_step train_step_800 --data "$data" --case 800 --rounds 3 --peers torchvision float32 'float32, GC r4'
-run train_step train_step_800_bfloat16 --data "$data" --case 800 --rounds 3 --peers float32 bfloat16
+if [[ $half ]]; then
+    run train_step train_step_800_bfloat16 --data "$data" --case 800 --rounds 3 --peers float32 bfloat16
+fi
 if ((${#others[@]})); then
     run train_step train_step_800_others --data "$data" --case 800 --rounds 3 --peers float32 "${others[@]}"
 fi

@@ -15,7 +15,7 @@ from common import Peer, Step, common_parser, main
 from detectors import (
     CONTEXT,
     PLAIN,
-    add_data_arguments,
+    add_peer_arguments,
     add_step_arguments,
     autocast,
     build_detector,
@@ -78,9 +78,13 @@ def training_step(model: nn.Module, losses: Callable[[], dict[str, Tensor]], opt
     return step
 
 
-def agree(results: dict[str, Any]) -> Iterable[str]:
-    for name, losses in results.items():
-        yield f'{name}: total loss {sum(losses.values()):.3f}'
+def agree(args: argparse.Namespace, results: dict[str, Any]) -> Iterable[str]:
+    totals = {name: sum(losses.values()) for name, losses in results.items()}
+    lines = [f'{name}: total loss {total:.3f}' for name, total in totals.items()]
+    plain = [total for name, total in totals.items() if 'GC' not in name]
+    if plain and max(plain) > 1.2 * min(plain):
+        raise SystemExit(f'error: losses that differ by more than the samples drawn: {"; ".join(lines)}')
+    return lines
 
 
 PEERS: dict[str, Peer] = {
@@ -88,6 +92,6 @@ PEERS: dict[str, Peer] = {
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
-    add_data_arguments(parser)
     add_step_arguments(parser)
+    add_peer_arguments(parser)
     main(parser, PEERS, ['800', '256'], agree, partial(other_commands, part='train'))

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet.checkpoint import load_meta
+from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
 from mmdet.legacy_2019 import legacy_2019
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
 
     runner = DetectionRunner.from_cfg(cfg)
     runner.logger.info(f'work_dir: {runner.work_dir}, processes: {runner.world_size}, {hardware}')
+    if args.amp:
+        warn_of_slow_bfloat16(runner.logger)
     if cfg.get('legacy_2019'):
         runner.logger.info('tested with the numerics of the 2019 code, '
                            + ('which the checkpoint was trained with' if recognised_2019 else 'as asked for'))

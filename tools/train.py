@@ -13,6 +13,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmdet.checkpoint import find_checkpoint, load_meta
+from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
 from mmdet.legacy_2019 import legacy_2019
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
     runner.trust_checkpoint = args.trust_checkpoint
     runner.logger.info(f'work_dir: {runner.work_dir}, seed: {runner.seed}{seed_from}, '
                        f'processes: {runner.world_size}, {hardware}')
+    if args.amp:
+        warn_of_slow_bfloat16(runner.logger)
     runner.logger.info(f'log: {osp.join(runner.log_dir, runner.timestamp)}.log, numbers as JSON lines: '
                        f'{osp.join(runner.log_dir, "vis_data", "scalars.json")}')
     runner.train()

@@ -1,5 +1,6 @@
 """Mixed precision on the GPU and on the CPU."""
 
+from logging import Logger
 from typing import Any
 
 import mmengine.optim
@@ -7,6 +8,13 @@ import torch
 from mmengine.optim import OptimWrapper
 
 from mmdet.registry import OPTIM_WRAPPERS
+
+
+def warn_of_slow_bfloat16(logger: Logger) -> None:
+    """Say so where bfloat16, which it is on a CPU, takes longer than float32 would."""
+    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2'):
+        logger.warning('bfloat16 takes several times as long as float32 on this CPU, which has no AVX-512; '
+                       'leave --amp out')
 
 
 @OPTIM_WRAPPERS.register_module()

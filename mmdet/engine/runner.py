@@ -12,7 +12,7 @@ import mmengine
 import torch
 import torch.distributed
 from mmengine.device import get_device
-from mmengine.dist import broadcast, master_only
+from mmengine.dist import all_reduce, broadcast
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import Runner
@@ -88,7 +88,8 @@ class DetectionRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """mmengine's logger; what it says while it is built goes to the file only, but for warnings."""
         self.logger = super().build_logger(*args, **kwargs)
-        noise = ('will be deprecated', 'Exp name: ')  # of mmengine about itself
+        # Of mmengine about itself, and of gradients that it would lose.
+        noise = ('will be deprecated', 'Exp name: ', 'Resumed iteration number is not divisible')
         self.logger.addFilter(lambda record: not any(words in record.getMessage() for words in noise))
         self._set_console_level(logging.WARNING)
         return self.logger
@@ -157,10 +158,12 @@ class DetectionRunner(Runner):
         """Formatted once: it is slow, and mmengine turns a Ctrl-C meanwhile into a SyntaxError."""
         return self.cfg.pretty_text
 
-    @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, save_optimizer: bool = True,
                         meta: dict[str, Any] | None = None, by_epoch: bool = True, **kwargs: Any) -> None:
-        """Write ``out_dir/filename`` (arguments as mmengine's; only local files)."""
+        """Write ``out_dir/filename`` (arguments as mmengine's; only local files). All processes call it."""
+        pending = self._pending_gradients() if save_optimizer else {}
+        if self.rank:
+            return
         hub = self.message_hub.runtime_info
         dataset = getattr(self.train_dataloader.dataset, 'metainfo', {})
         content: dict[str, Any] = dict(
@@ -179,8 +182,20 @@ class DetectionRunner(Runner):
             message_hub=dict(runtime_info={k: v for k, v in hub.items() if k.startswith(_HUB_KEYS)}))
         if save_optimizer:
             content['optimizer'] = self.optim_wrapper.state_dict()
+        if pending:
+            content['gradients'] = pending
         self.call_hook('before_save_checkpoint', checkpoint=content)
         checkpoint_file.save_checkpoint(content, Path(out_dir, filename))
+
+    def _pending_gradients(self) -> dict[str, torch.Tensor]:
+        """What waits for the optimizer in the middle of an accumulation, averaged over all processes."""
+        if self.optim_wrapper._accumulative_counts == 1:
+            return {}
+        gradients = {name: parameter.grad.clone() for name, parameter in self.bare_model.named_parameters()
+                     if parameter.grad is not None}
+        for gradient in gradients.values():
+            all_reduce(gradient, op='mean')
+        return gradients
 
     def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
                         **kwargs: Any) -> dict[str, Any]:
@@ -215,6 +230,9 @@ class DetectionRunner(Runner):
         self.optim_wrapper.load_state_dict(content['optimizer'])
         for group, values in zip(self.optim_wrapper.optimizer.param_groups, settings):
             group.update(values)
+        parameters = dict(self.bare_model.named_parameters())
+        for name, gradient in content.get('gradients', {}).items():
+            parameters[name].grad = gradient.to(parameters[name])
         saved = content.get('message_hub', {}).get('runtime_info', {})
         self.message_hub.update_info_dict({k: v for k, v in saved.items() if k.startswith(_HUB_KEYS)})
         self.logger.info(f'Resumed from {filename} after epoch {meta["epoch"]}, iteration {meta["iter"]}')

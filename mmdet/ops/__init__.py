@@ -8,6 +8,8 @@ float32.
 """
 import importlib
 
+import torch  # noqa: F401 - loads the libraries that mmdet._C needs
+
 try:
     importlib.import_module('mmdet._C')  # registers the ops
 except ImportError as error:

@@ -49,8 +49,8 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
 
 
 class CfgOptions(DictAction):
-    """The argparse action of ``--cfg-options a.b=c ...``: mmengine's, which says what is malformed
-    and leaves the spaces of a plain string in place."""
+    """The argparse action of ``--cfg-options a.b=c ...``: mmengine's, which says what is malformed,
+    leaves the spaces of a plain string in place and takes dicts: ``custom_hooks=[dict(type='EMAHook')]``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
@@ -58,13 +58,40 @@ class CfgOptions(DictAction):
             key, equals, text = value.partition('=')
             if not (key and equals) or any(text.count(a) != text.count(b) for a, b in ('()', '[]')):
                 parser.error(f'--cfg-options: {value!r} is not of the form key.subkey=value')
+            if _has_dict(text):
+                try:
+                    _python_value(text)
+                except (SyntaxError, ValueError):
+                    parser.error(f'--cfg-options: {value!r}: expected Python such as [dict(key=1)]')
         super().__call__(parser, namespace, values, option_string)
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
+        if _has_dict(val):
+            return _python_value(val)
         if set(val) & set(',()[]'):
             return DictAction._parse_iterable(val)
         return DictAction._parse_int_float_bool(val.strip('\'"'))
+
+
+def _has_dict(text: str) -> bool:
+    return 'dict(' in text or '{' in text
+
+
+def _python_value(text: str) -> Any:
+    """A Python literal, in which ``dict(key=value)`` may stand for a dict."""
+    return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode='eval')))
+
+
+class _DictCalls(ast.NodeTransformer):
+    """``dict(key=value)`` as a literal."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        names = [keyword.arg for keyword in node.keywords]
+        if ast.unparse(node.func) != 'dict' or node.args or None in names:
+            return node
+        return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 
 
 @dataclass

@@ -1,7 +1,10 @@
+import logging
+
 import pytest
 import torch
 from torch import nn
 
+from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.registry import OPTIM_WRAPPERS
 
 
@@ -15,6 +18,18 @@ def test_float16_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(ValueError, match='float16 training needs a GPU; on the CPU use bfloat16'):
         build(dtype='float16')
+
+
+@pytest.mark.parametrize('capability, gpu, warned', [
+    ('AVX2', False, True), ('AVX512', False, False), ('SVE256', False, False), ('AVX2', True, False)])
+def test_slow_bfloat16_is_said(
+    capability: str, gpu: bool, warned: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    warn_of_slow_bfloat16(logging.getLogger('test'))
+    assert ('bfloat16 takes several times as long' in caplog.text) == warned
 
 
 def test_unknown_types_are_refused() -> None:

@@ -38,6 +38,17 @@ def test_two_and_two_epochs_are_four(toy_runner, tmp_path: Path) -> None:
     assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
 
 
+def test_an_accumulation_goes_on_over_the_end_of_an_epoch(toy_runner, tmp_path: Path) -> None:
+    """Six iterations an epoch, four a step: two wait when the second run begins."""
+    options = dict(optim_wrapper__accumulative_counts=4, train_cfg__val_interval=9)
+    toy_runner('four', **options).train()
+    toy_runner('one', train_cfg__max_epochs=3, **options).train()
+    start = tmp_path / 'one' / 'epoch_1.pth'
+    assert load_file(start)['gradients'].keys() == dict(ToyModel().named_parameters()).keys()
+    toy_runner('rest', load_from=str(start), resume=True, **options).train()
+    assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+
+
 def test_an_average_of_the_weights_is_what_is_saved_and_resumed(toy_runner, tmp_path: Path) -> None:
     average = [dict(type='EMAHook', momentum=0.5)]
     toy_runner('plain').train()
@@ -107,6 +118,10 @@ def test_two_and_two_epochs_are_four_on_two_processes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+    whole, resumed = (
+        load_file(tmp_path / name / 'epoch_4.pth')['state_dict'] for name in ('accumulated', 'more'))
+    for name, value in whole.items():  # gradients that waited were averaged early, which rounds otherwise
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6)
     # An epoch is all twelve images, so PreciseBNHook's statistics are those of one batch of them.
     state = load_file(tmp_path / 'four' / 'epoch_4.pth')['state_dict']
     x = torch.stack([ToyDataset()[i]['inputs'] for i in range(12)]).double()

@@ -21,6 +21,9 @@ precise = dict(custom_hooks=[dict(type='PreciseBNHook', num_iters=9, interval=2)
 train('four', val_cfg=None, val_dataloader=None, val_evaluator=None, **precise)
 train('two', **precise, **{'train_cfg.max_epochs': 2})
 train('rest', **precise, load_from=str(folder / 'two' / 'epoch_2.pth'), resume=True)
+accumulated = {'optim_wrapper.accumulative_counts': 2, 'train_cfg.val_interval': 9}
+train('accumulated', **accumulated)
+train('more', load_from=str(folder / 'accumulated' / 'epoch_1.pth'), resume=True, **accumulated)
 train('iters', **{
     'train_cfg': dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3, val_interval=3),
     'val_evaluator.out': str(folder / 'iters.txt'),

@@ -57,6 +57,25 @@ def test_options_are_merged(options: list[str], get: object, expected: object) -
     assert get(cfg) == expected  # type: ignore[operator]
 
 
+@pytest.mark.parametrize('text', [
+    "[dict(type='EMAHook',momentum=0.1)]", "[{'type': 'EMAHook', 'momentum': 0.1}]",
+    "[dict(type='EMAHook', momentum=1e-1)]"])
+def test_dicts_in_options(text: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
+    options = parser.parse_args(['--cfg-options', f'custom_hooks={text}']).cfg_options
+    assert load_config(R50, options).custom_hooks == [dict(type='EMAHook', momentum=0.1)]
+
+
+@pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', '[dict(a)]', '[dict(**{})]', '{1', 'dict(a=f())'])
+def test_malformed_dicts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--cfg-options', f'custom_hooks={text}'])
+    assert 'custom_hooks=' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('word', ['a', '=1', 'a=(1', 'a=[1)'])
 def test_malformed_option(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
