@@ -32,10 +32,16 @@ KEEP_MEMORY = dict(GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_thr
 MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
 
 
-def common_parser(doc: str | None) -> argparse.ArgumentParser:
-    """The flags of every script that times something in rounds."""
+def out_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flag of every script."""
     parser = argparse.ArgumentParser(description=(doc or '').partition('\n')[0])
     parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    return parser
+
+
+def common_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The flags of every script that times something in rounds."""
+    parser = out_parser(doc)
     parser.add_argument('--rounds', type=positive, default=5, help='timed steps of each peer')
     parser.add_argument('--threads', type=positive, default=torch.get_num_threads(), help='of each process')
     return parser
@@ -169,9 +175,9 @@ def _answer(name: str, worker: subprocess.Popen, errors: IO[str]) -> Any:
     if not line:
         status = worker.wait()
         errors.seek(0)
-        said = [text.strip() for text in errors if text.strip()]
-        reason = 'killed, maybe for want of memory: give fewer --peers' if status == -9 else said and said[-1]
-        raise SystemExit(f'error: {name} has stopped with {status}: {reason or "it said nothing"}')
+        said = [text.strip() for text in errors if text.strip()] or ['it said nothing']
+        reason = 'killed, maybe for want of memory: give fewer --peers' if status == -9 else said[-1]
+        raise SystemExit(f'error: {name} has stopped with {status}: {reason}')
     return json.loads(line)
 
 

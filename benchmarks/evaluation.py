@@ -7,19 +7,17 @@ boxes and masks, tables. Each backend runs in a process of its own on the same p
 must agree.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import positive, write_json
+from common import out_parser, positive, write_json
 from mmengine.logging import MMLogger
 
 from mmdet.evaluation import CocoMetric
@@ -91,11 +89,10 @@ def measure(backend: str, ann_file: str, predictions: list[dict[str, Any]], repe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = out_parser(__doc__)
     parser.add_argument('--images', type=positive, default=5000)
     parser.add_argument('--repeats', type=positive, default=1)
     parser.add_argument('--backends', nargs='+', choices=list(BACKENDS), default=list(BACKENDS))
-    parser.add_argument('--out', type=Path, metavar='FILE.json')
     args = parser.parse_args()
     report = {}
     for backend in args.backends:

@@ -3,11 +3,8 @@
 Of the backbone and two images at 800 x 1344. A parameter counts three times: with its gradient and momentum.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from common import device, write_json
+from common import device, out_parser, write_json
 from detectors import CONFIGS
 from torch import Tensor
 
@@ -37,8 +34,7 @@ def measure(name: str, device: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    parser = out_parser(__doc__)
     parser.add_argument('--device', type=device, default='cpu')
     args = parser.parse_args()
     records = []

@@ -88,7 +88,7 @@ class DetectionRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """mmengine's logger; what it says while it is built goes to the file only, but for warnings."""
         self.logger = super().build_logger(*args, **kwargs)
-        # Of mmengine about itself, and of gradients that it would lose.
+        # Of mmengine about itself, and of gradients that `resume` brings back.
         noise = ('will be deprecated', 'Exp name: ', 'Resumed iteration number is not divisible')
         self.logger.addFilter(lambda record: not any(words in record.getMessage() for words in noise))
         self._set_console_level(logging.WARNING)
@@ -230,9 +230,12 @@ class DetectionRunner(Runner):
         self.optim_wrapper.load_state_dict(content['optimizer'])
         for group, values in zip(self.optim_wrapper.optimizer.param_groups, settings):
             group.update(values)
-        parameters = dict(self.bare_model.named_parameters())
-        for name, gradient in content.get('gradients', {}).items():
+        pending, parameters = content.get('gradients', {}), dict(self.bare_model.named_parameters())
+        for name, gradient in pending.items():
             parameters[name].grad = gradient.to(parameters[name])
+        if not pending and meta['iter'] % self.optim_wrapper._accumulative_counts:
+            self.logger.warning(f'{filename} does not hold the gradients that waited in the middle of an '
+                                'accumulation: the first step lacks them')
         saved = content.get('message_hub', {}).get('runtime_info', {})
         self.message_hub.update_info_dict({k: v for k, v in saved.items() if k.startswith(_HUB_KEYS)})
         self.logger.info(f'Resumed from {filename} after epoch {meta["epoch"]}, iteration {meta["iter"]}')

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from ._layout import layout_of
+from ._roi_align import layout_of
 
 
 def context_pool(

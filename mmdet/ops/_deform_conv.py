@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._layout import layout_of
+from ._roi_align import layout_of
 
 
 def deform_conv2d(

@@ -65,6 +65,13 @@ def multilevel_roi_align(
         features, rois, levels, spatial_scales, height, width, sampling_ratio, aligned)
 
 
+def layout_of(x: Tensor) -> torch.memory_format:
+    """In which all kernels write what is like a map `x` `(N, C, H, W)`: channels_last where x is that alone
+    (maps of one channel are both), else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 @torch.library.register_fake('mmdet::roi_align')
 def _(
     features: list[Tensor],
@@ -101,9 +108,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     features, rois, levels, spatial_scales, _, _, sampling_ratio, aligned = inputs
     ctx.save_for_backward(rois, levels)
     sizes = [*features[0].shape[:2], *(size for feature in features for size in feature.shape[2:])]
-    # A gradient lies like its feature map. Maps of one channel are both, and count as contiguous.
-    channels_last = not features[0].is_contiguous() and features[0].is_contiguous(
-        memory_format=torch.channels_last)
+    channels_last = layout_of(features[0]) is torch.channels_last  # a gradient lies like its feature map
     ctx.options = spatial_scales, sizes, channels_last, sampling_ratio, aligned
 
 

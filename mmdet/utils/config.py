@@ -58,29 +58,18 @@ class CfgOptions(DictAction):
             key, equals, text = value.partition('=')
             if not (key and equals) or any(text.count(a) != text.count(b) for a, b in ('()', '[]')):
                 parser.error(f'--cfg-options: {value!r} is not of the form key.subkey=value')
-            if _has_dict(text):
-                try:
-                    _python_value(text)
-                except (SyntaxError, ValueError):
-                    parser.error(f'--cfg-options: {value!r}: expected Python such as [dict(key=1)]')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (SyntaxError, ValueError):
+                parser.error(f'--cfg-options: {value!r}: expected Python such as [dict(key=1)]')
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
-        if _has_dict(val):
-            return _python_value(val)
+        if 'dict(' in val or '{' in val:
+            return ast.literal_eval(_DictCalls().visit(ast.parse(val.strip(), mode='eval')))
         if set(val) & set(',()[]'):
             return DictAction._parse_iterable(val)
         return DictAction._parse_int_float_bool(val.strip('\'"'))
-
-
-def _has_dict(text: str) -> bool:
-    return 'dict(' in text or '{' in text
-
-
-def _python_value(text: str) -> Any:
-    """A Python literal, in which ``dict(key=value)`` may stand for a dict."""
-    return ast.literal_eval(_DictCalls().visit(ast.parse(text.strip(), mode='eval')))
 
 
 class _DictCalls(ast.NodeTransformer):

@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_an_accumulation_goes_on_over_the_end_of_an_epoch(toy_runner, tmp_path: 
     assert load_file(start)['gradients'].keys() == dict(ToyModel().named_parameters()).keys()
     toy_runner('rest', load_from=str(start), resume=True, **options).train()
     assert_same(tmp_path / 'four' / 'epoch_4.pth', tmp_path / 'rest' / 'epoch_4.pth')
+    lost = 'does not hold the gradients that waited'
+    assert lost not in Path(glob(f'{tmp_path}/rest/*/*.log')[0]).read_text()
+    older = load_file(start)
+    del older['gradients']
+    save_checkpoint(older, tmp_path / 'older.pth')
+    toy_runner('lost', load_from=str(tmp_path / 'older.pth'), resume=True, **options).train()
+    assert lost in Path(glob(f'{tmp_path}/lost/*/*.log')[0]).read_text()
 
 
 def test_an_average_of_the_weights_is_what_is_saved_and_resumed(toy_runner, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torchvision
 from torch import Tensor
 
 from mmdet.ops import multilevel_roi_align, roi_align
+from mmdet.ops._roi_align import layout_of
 
 SCALE = 1 / 8
 SCALES = [1 / 4, 1 / 8, 1 / 16]
@@ -54,6 +55,14 @@ def test_equals_torchvision(device, dtype, ratio, aligned, channels, layout):
         torch.testing.assert_close(
             ours_part.cpu().to(theirs_part), theirs_part, rtol=tolerance,
             atol=tolerance * theirs_part.abs().max().item())
+
+
+@pytest.mark.parametrize('size, layout', [
+    ((2, 3, 4, 5), LAYOUTS[1]), ((2, 1, 4, 5), LAYOUTS[0]), ((2, 3, 1, 1), LAYOUTS[0])])
+def test_layout_of_what_is_like_a_map(size, layout):
+    assert layout_of(torch.empty(size).to(memory_format=torch.channels_last)) is layout
+    for x in (torch.empty(size), torch.empty(2, 3, 4, 5).transpose(2, 3)):
+        assert layout_of(x) is torch.contiguous_format
 
 
 def test_equals_grid_sample(device):

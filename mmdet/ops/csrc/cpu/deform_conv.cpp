@@ -90,11 +90,8 @@ struct Geometry {
 template <typename T>
 struct Sample {
   std::array<int64_t, 4> cells{-1, -1, -1, -1};
+  std::array<T, 4> weights{};
   T y = 0, x = 0, mask = 0;  // fractions of a cell below and right of the first
-
-  std::array<T, 4> weights() const {
-    return {(1 - y) * (1 - x) * mask, (1 - y) * x * mask, y * (1 - x) * mask, y * x * mask};
-  }
 };
 
 template <typename T>
@@ -105,8 +102,9 @@ Sample<T> make_sample(const Geometry& g, T y, T x, T mask) {
     return sample;  // nor what is NaN
   }
   const T top = std::floor(y), left = std::floor(x);
-  sample.y = y - top;
-  sample.x = x - left;
+  y = sample.y = y - top;
+  x = sample.x = x - left;
+  sample.weights = {(1 - y) * (1 - x) * mask, (1 - y) * x * mask, y * (1 - x) * mask, y * x * mask};
   for (int k = 0; k < 4; ++k) {
     const int64_t row = static_cast<int64_t>(top) + k / 2, column = static_cast<int64_t>(left) + k % 2;
     if (row >= 0 && row < g.height && column >= 0 && column < g.width) {
@@ -120,16 +118,21 @@ Sample<T> make_sample(const Geometry& g, T y, T x, T mask) {
 template <typename T>
 struct Strip {
   const Geometry& g;
-  int64_t first, count;
-  const T* cells;                  // (H * W, C)
+  int64_t image, first, count;
+  int64_t cell, row;               // where the image begins in (N, H * W, C) and in (N, parts, taps, area)
+  const T* cells;                  // of the image
   std::vector<Sample<T>> samples;  // (positions, parts, taps)
   std::vector<T> zeros;            // a cell outside the map
 
-  Strip(const Geometry& g, int64_t first, const T* cells, const T* offset, const T* mask)
+  // Of tensors of all images.
+  Strip(const Geometry& g, int64_t image, int64_t first, const T* cells, const T* offset, const T* mask)
       : g(g),
+        image(image),
         first(first),
         count(std::min(g.strip, g.area - first)),
-        cells(cells),
+        cell(image * g.height * g.width * g.channels),
+        row(image * g.parts * g.taps * g.area),
+        cells(cells + cell),
         samples(count * g.parts * g.taps),
         zeros(g.channels) {
     at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
@@ -140,9 +143,9 @@ struct Strip {
         for (int64_t i = 0; i < g.parts * g.taps; ++i) {
           const int64_t tap = i % g.taps;
           samples[p * g.parts * g.taps + i] = make_sample<T>(
-              g, y + tap / g.kernel_width + offset[2 * i * g.area + position],
-              x + tap % g.kernel_width + offset[(2 * i + 1) * g.area + position],
-              mask ? mask[i * g.area + position] : T(1));
+              g, y + tap / g.kernel_width + offset[2 * (row + i * g.area) + position],
+              x + tap % g.kernel_width + offset[2 * (row + i * g.area) + g.area + position],
+              mask ? mask[row + i * g.area + position] : T(1));
         }
       }
     });
@@ -172,7 +175,7 @@ struct Strip {
           for (const auto& s : g.segments) {
             const auto& point = sample(p, s.part, tap);
             const auto [a, b, c, d] = corners(point, s);
-            const auto weights = point.weights();
+            const auto& weights = point.weights;
             T* output = columns + column(p, tap, s);
             for_vectors<T>(s.count, [&, a = a, b = b, c = c, d = d](int64_t i, int64_t n) {
               auto sum = Vec<T>(weights[0]) * Vec<T>::loadu(a + i, n);
@@ -186,7 +189,7 @@ struct Strip {
     });
   }
 
-  // From the gradients of the columns those of offset and mask: products with the corners tell all.
+  // From the gradients of the columns those of offset and mask, of all images: products with the corners tell all.
   void offset_grads(const T* grad_columns, T* grad_offset, T* grad_mask) const {
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
@@ -207,11 +210,11 @@ struct Strip {
             }
             const T a = sum_lanes(sums[0]), b = sum_lanes(sums[1]), c = sum_lanes(sums[2]), d = sum_lanes(sums[3]);
             const T y = point.y, x = point.x;
-            const int64_t row = part * g.taps + tap, position = first + p;
-            grad_offset[2 * row * g.area + position] = point.mask * ((1 - x) * (c - a) + x * (d - b));
-            grad_offset[(2 * row + 1) * g.area + position] = point.mask * ((1 - y) * (b - a) + y * (d - c));
+            const int64_t own = row + (part * g.taps + tap) * g.area, position = first + p;
+            grad_offset[2 * own + position] = point.mask * ((1 - x) * (c - a) + x * (d - b));
+            grad_offset[2 * own + g.area + position] = point.mask * ((1 - y) * (b - a) + y * (d - c));
             if (grad_mask) {
-              grad_mask[row * g.area + position] = (1 - y) * ((1 - x) * a + x * b) + y * ((1 - x) * c + x * d);
+              grad_mask[own + position] = (1 - y) * ((1 - x) * a + x * b) + y * ((1 - x) * c + x * d);
             }
           }
         }
@@ -219,7 +222,7 @@ struct Strip {
     });
   }
 
-  // To grad_cells (H * W, C). A thread owns channels, and takes the samples in order: the sums do not vary.
+  // To grad_cells (N, H * W, C). A thread owns channels, and takes the samples in order: the sums do not vary.
   void add_cell_grads(const T* grad_columns, T* grad_cells) const {
     at::parallel_for(0, g.channels, 16, [&](int64_t begin, int64_t end) {
       for (int64_t p = 0; p < count; ++p) {
@@ -227,14 +230,13 @@ struct Strip {
           for (const auto& s : g.segments) {
             const int64_t from = std::max(begin, s.first), size = std::min(end, s.first + s.count) - from;
             const auto& point = sample(p, s.part, tap);
-            const auto weights = point.weights();
             const T* grad = grad_columns + column(p, tap, s) + from - s.first;
             for (int k = 0; size > 0 && k < 4; ++k) {
               if (point.cells[k] >= 0) {
-                T* cell = grad_cells + point.cells[k] * g.channels + from;
+                T* target = grad_cells + cell + point.cells[k] * g.channels + from;
                 for_vectors<T>(size, [&](int64_t i, int64_t n) {
-                  const auto value = Vec<T>::loadu(grad + i, n), sum = Vec<T>::loadu(cell + i, n);
-                  at::vec::fmadd(Vec<T>(weights[k]), value, sum).store(cell + i, n);
+                  const auto value = Vec<T>::loadu(grad + i, n), sum = Vec<T>::loadu(target + i, n);
+                  at::vec::fmadd(Vec<T>(point.weights[k]), value, sum).store(target + i, n);
                 });
               }
             }
@@ -246,26 +248,25 @@ struct Strip {
 };
 
 // (out, C / groups, kh, kw) to (groups, out / groups, columns of a group)
-at::Tensor by_groups(const at::Tensor& weight, const Geometry& g) {
+at::Tensor weight_by_groups(const at::Tensor& weight, const Geometry& g) {
   const auto parts = weight.reshape({g.groups, g.out_channels / g.groups, g.planes, g.taps});
   return parts.transpose(2, 3).reshape({g.groups, g.out_channels / g.groups, g.taps * g.planes});
 }
 
 // (N, out, H, W) as (N, groups, out / groups, positions)
-at::Tensor by_groups_of(const at::Tensor& map, const Geometry& g) {
+at::Tensor map_by_groups(const at::Tensor& map, const Geometry& g) {
   return map.flatten(2).unflatten(1, {g.groups, g.out_channels / g.groups});
 }
 
-// body(image, strip)
+// body(strip)
 template <typename T, typename F>
 void for_strips(
     const Geometry& g, const at::Tensor& cells, const at::Tensor& offset, const at::Tensor& mask, const F& body) {
   for (int64_t n = 0; n < g.images; ++n) {
     for (int64_t first = 0; first < g.area; first += g.strip) {
-      const int64_t row = n * g.parts * g.taps * g.area;
-      body(n, Strip<T>(
-          g, first, cells.const_data_ptr<T>() + n * g.height * g.width * g.channels,
-          offset.const_data_ptr<T>() + 2 * row, mask.defined() ? mask.const_data_ptr<T>() + row : nullptr));
+      body(Strip<T>(
+          g, n, first, cells.const_data_ptr<T>(), offset.const_data_ptr<T>(),
+          mask.defined() ? mask.const_data_ptr<T>() : nullptr));
     }
   }
 }
@@ -282,15 +283,15 @@ at::Tensor deform_conv2d(
     int64_t stride, int64_t padding) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Geometry g(x, offset, mask, weight, stride, padding);
-  const auto cells = in_cells(x), offsets = offset.contiguous(), kernel = by_groups(weight, g);
+  const auto cells = in_cells(x), offsets = offset.contiguous(), kernel = weight_by_groups(weight, g);
   const auto masks = mask ? mask->contiguous() : at::Tensor();
   auto output = at::empty(
       {g.images, g.out_channels, g.out_height, g.out_width}, x.options().memory_format(layout_of(x)));
-  const auto target = by_groups_of(output, g);
+  const auto target = map_by_groups(output, g);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv2d", [&] {
-    for_strips<scalar_t>(g, cells, offsets, masks, [&](int64_t n, const Strip<scalar_t>& strip) {
+    for_strips<scalar_t>(g, cells, offsets, masks, [&](const Strip<scalar_t>& strip) {
       const auto columns = sample_columns(strip, x.options());
-      target[n].narrow(2, strip.first, strip.count).copy_(at::bmm(kernel, columns.transpose(1, 2)));
+      target[strip.image].narrow(2, strip.first, strip.count).copy_(at::bmm(kernel, columns.transpose(1, 2)));
     });
   });
   return output;
@@ -302,22 +303,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> deform_conv2d_backwar
     const at::Tensor& weight, int64_t stride, int64_t padding) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Geometry g(x, offset, mask, weight, stride, padding);
-  const auto cells = in_cells(x), offsets = offset.contiguous(), kernel = by_groups(weight, g);
-  const auto masks = mask ? mask->contiguous() : at::Tensor(), source = by_groups_of(grad, g);
+  const auto cells = in_cells(x), offsets = offset.contiguous(), kernel = weight_by_groups(weight, g);
+  const auto masks = mask ? mask->contiguous() : at::Tensor(), source = map_by_groups(grad, g);
   auto grad_cells = at::zeros({g.images, g.height, g.width, g.channels}, x.options()).permute({0, 3, 1, 2});
   auto grad_offset = at::empty(offset.sizes(), x.options()), grad_kernel = at::zeros(kernel.sizes(), x.options());
   auto grad_mask = at::empty(mask ? mask->sizes() : at::IntArrayRef({0}), x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "deform_conv2d_backward", [&] {
     scalar_t *pc = grad_cells.mutable_data_ptr<scalar_t>(), *po = grad_offset.mutable_data_ptr<scalar_t>();
     scalar_t* pm = mask ? grad_mask.mutable_data_ptr<scalar_t>() : nullptr;
-    for_strips<scalar_t>(g, cells, offsets, masks, [&](int64_t n, const Strip<scalar_t>& strip) {
-      const auto part = source[n].narrow(2, strip.first, strip.count);
+    for_strips<scalar_t>(g, cells, offsets, masks, [&](const Strip<scalar_t>& strip) {
+      const auto part = source[strip.image].narrow(2, strip.first, strip.count);
       grad_kernel.baddbmm_(part, sample_columns(strip, x.options()));
       const auto grad_columns = at::bmm(part.transpose(1, 2), kernel);
       const scalar_t* columns = grad_columns.const_data_ptr<scalar_t>();
-      const int64_t row = n * g.parts * g.taps * g.area;
-      strip.offset_grads(columns, po + 2 * row, pm ? pm + row : nullptr);
-      strip.add_cell_grads(columns, pc + n * g.height * g.width * g.channels);
+      strip.offset_grads(columns, po, pm);
+      strip.add_cell_grads(columns, pc);
     });
   });
   const auto grad_weight = grad_kernel.unflatten(2, {g.taps, g.planes}).transpose(2, 3).contiguous();
