@@ -17,12 +17,16 @@
 
 namespace mmdet {
 
-// Of a tile. With channels last it is one run of memory, best in a second-level cache; otherwise it has a run for each
-// channel, and long runs are worth more than that: it stays in the last level.
-constexpr int64_t kChannelsLastBytes = 512 << 10, kContiguousBytes = 3 << 20;
+constexpr int64_t kChannelsLastBytes = 512 << 10;    // of a tile
 constexpr int64_t kMinWidth = 16, kMaxWidth = 2048;  // positions of a tile
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
+
+// Of a tile. With channels last it is one run of memory, best in a second-level cache; otherwise it has a run for each
+// channel, and long runs are worth more than that: the threads' tiles stay in the last level, most of it.
+inline int64_t tile_bytes(bool channels_last) {
+  return channels_last ? kChannelsLastBytes : kCacheBytes * 3 / 4 / at::get_num_threads();
+}
 
 inline int64_t rows_per_task(int64_t row_size) {
   return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, row_size));
@@ -70,7 +74,7 @@ struct Map {
         channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast),
         large(exceeds_cache(x)) {
     const int64_t row = std::max<int64_t>(channels, 1) * x.element_size();
-    const int64_t fitting = (channels_last ? kChannelsLastBytes : kContiguousBytes) / row;
+    const int64_t fitting = tile_bytes(channels_last) / row;
     tiles = divide_up(area, std::clamp(fitting, kMinWidth, kMaxWidth));
     while (images * tiles % at::get_num_threads() != 0) {
       ++tiles;
