@@ -126,9 +126,15 @@ def other_commands(args: argparse.Namespace, case: str, part: str) -> dict[str, 
     pythons = {name: getattr(args, name) for name in OTHER if getattr(args, name)}
     if not pythons:
         return {}
+    from mmdet.structures.masks import masks_to_bitmaps
+
     cfg, model = build_detector(PLAIN, int(case))
     loaded = load_batch(cfg, part, args, int(case))
-    samples = [{k: v for k, v in vars(s).items() if v is not None} for s in loaded['data_samples']]
+    samples = []
+    for sample in loaded['data_samples']:
+        samples.append({k: v for k, v in vars(sample).items() if v is not None})
+        if sample.masks is not None:
+            samples[-1]['masks'] = masks_to_bitmaps(sample.masks, sample.img_shape)
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     file = Path(folder) / 'exchange.pt'

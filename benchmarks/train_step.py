@@ -52,11 +52,14 @@ def bfloat16(args: argparse.Namespace) -> Step:
 
 
 def torchvision(args: argparse.Namespace) -> Step:
+    from mmdet.structures.masks import masks_to_bitmaps
+
     cfg, model = build_detector(PLAIN, int(args.case))
     peer = build_torchvision(model, int(args.case)).to(args.device)
     batch = load_batch(cfg, 'train', args, int(args.case))
     samples = [s.to(args.device) for s in batch['data_samples']]
-    targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=s.masks) for s in samples]
+    targets = [dict(boxes=s.boxes, labels=s.labels + 1, masks=masks_to_bitmaps(s.masks, s.img_shape))
+               for s in samples]
 
     def losses() -> dict[str, Tensor]:
         with autocast(args):

@@ -26,7 +26,7 @@ from mmdet.models.task_modules.box_coder import DeltaXYWHBBoxCoder
 from mmdet.registry import MODELS, TASK_UTILS, TRANSFORMS
 from mmdet.structures.boxes import clip_boxes, tensor_like
 from mmdet.structures.data_sample import DataSample
-from mmdet.structures.masks import RLE, encode_rle
+from mmdet.structures.masks import RLE, encode_rle, masks_to_bitmaps
 
 # What a box of 2019 lacks of a half-open one.
 LAST_PIXEL = (0.0, 0.0, 1.0, 1.0)
@@ -105,7 +105,7 @@ class FCNMaskHead2019(FCNMaskHead):
         """As FCNMaskHead: (P, size, size) bool."""
         if sample.masks is None:
             return super().targets(boxes, matched, sample, size)
-        masks = sample.masks.cpu().numpy()
+        masks = masks_to_bitmaps(sample.masks, sample.img_shape).cpu().numpy()
         targets = np.zeros((len(boxes), size, size), np.uint8)
         for target, (x, y, width, height), index in zip(targets, _whole_pixels(boxes), matched.tolist()):
             cv2.resize(masks[index, y:y + height, x:x + width], (size, size), dst=target)

@@ -9,6 +9,7 @@ import torch
 
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def test_tests_mirror_the_package(path: Path) -> None:
         return
     name = path.stem.removeprefix('test_')
     homes = [PACKAGE / relative.parent, ROOT / relative.parent]
-    names = [f'{mark}{name}{suffix}' for mark in ('', '_') for suffix in ('.py', '.cpp', '.sh', '')]
+    names = [f'{mark}{name}{suffix}' for mark in ('', '_') for suffix in ('.py', '.cpp', '.h', '.sh', '')]
     assert any((home / file).exists() for home in homes for file in names), (
         f'tests/{relative} mirrors no file: it would be mmdet/{relative.parent / name}.py')
 
@@ -166,8 +167,9 @@ def test_a_training_step_is_quickly_read() -> None:
     model = MODELS.build(cfg.model).train()
     masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
     masks[:, 8:40, 8:40] = 1
-    sample = DataSample(img_id=1, img_path='', ori_shape=(64, 96), img_shape=(64, 96), masks=masks,
-                        boxes=torch.tensor([[8., 8., 40., 40.]]), labels=torch.tensor([1]))
+    sample = DataSample(img_id=1, img_path='', ori_shape=(64, 96), img_shape=(64, 96),
+                        masks=crop_masks(masks), boxes=torch.tensor([[8., 8., 40., 40.]]),
+                        labels=torch.tensor([1]))
     batch = dict(inputs=[torch.zeros(3, 64, 96, dtype=torch.uint8)] * 2, data_samples=[sample, sample])
     ran = set()
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,7 +196,7 @@ def test_one_step_and_one_prediction(path: Path) -> None:
     shape = (64, 96)
     masks = torch.zeros(1, *shape, dtype=torch.uint8)
     masks[:, 8:48, 8:56] = 1
-    sample = DataSample(img_id=1, img_path='', ori_shape=shape, img_shape=shape, masks=masks,
+    sample = DataSample(img_id=1, img_path='', ori_shape=shape, img_shape=shape, masks=crop_masks(masks),
                         boxes=torch.tensor([[8., 8., 56., 48.]]), labels=torch.tensor([3]))
     batch = dict(inputs=[torch.randint(0, 255, (3, *shape), dtype=torch.uint8) for _ in range(2)],
                  data_samples=[sample, sample])

@@ -34,6 +34,7 @@ from mmdet.ops import batched_nms, nms, roi_align
 from mmdet.registry import MODELS
 from mmdet.structures.boxes import box_iof, box_iou
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +140,7 @@ def test_mask_targets(units: dict[str, Any]) -> None:
     case = units['mask_target']
     y, x = np.mgrid[:60, :80]
     masks = np.stack([(y >= 10) & (y < 40) & (x >= 5) & (x < 50), (x - 40)**2 + (y - 30)**2 < 22**2])
-    sample = DataSample(1, '', (60, 80), (60, 80), masks=torch.from_numpy(masks.astype(np.uint8)))
+    sample = DataSample(1, '', (60, 80), (60, 80), masks=crop_masks(torch.from_numpy(masks.astype(np.uint8))))
     boxes, matched = half_open(case['proposals']), torch.tensor(case['gt_inds'])
     found = mask_head().targets(boxes, matched, sample, case['size'])
     assert torch.equal(found.float(), torch.tensor(case['targets']).reshape(found.shape))

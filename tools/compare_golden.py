@@ -21,6 +21,7 @@ from mmdet.datasets.coco import CocoDataset
 from mmdet.legacy_2019 import legacy_2019
 from mmdet.models.task_modules import sampler
 from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.structures.masks import masks_to_bitmaps
 
 FEATURE_BOUND = 1e-4
 BOX_BOUND = 1e-2
@@ -156,7 +157,8 @@ def compare_training(
             error = found.numpy() - LAST_PIXEL - np.array(expected, np.float32).reshape(-1, 4)
             out.add('training: boxes (pixels)', np.abs(error).max(initial=0), BOX_BOUND)
         out.add('training: labels', np.abs(sample.labels.numpy() + 1 - np.array(labels)).max(initial=0), 0)
-        sums = sample.masks.sum(dim=(1, 2)).numpy() - np.array(masks['sums'][:len(sample.masks)])
+        sums = masks_to_bitmaps(sample.masks, sample.img_shape).sum(dim=(1, 2)).numpy()
+        sums -= np.array(masks['sums'][:len(sums)])
         out.add('training: areas of masks', np.abs(sums).max(initial=0), 0)
 
     losses = model(**data, mode='loss')

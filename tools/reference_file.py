@@ -17,6 +17,7 @@ from mmengine.config import Config
 
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 
 SAMPLES_OF_EVERYTHING = 1_000_000
 # The losses and the RoIAlign of the GCNet repository, where mmdetection 3 has L1 and adaptive sampling.
@@ -115,5 +116,5 @@ def load_batch(inputs: Arrays) -> dict[str, Any]:
             scale_factor=tuple(inputs[f'scale_wh_{i}'].tolist()),
             boxes=torch.from_numpy(inputs[f'boxes_{i}']),
             labels=torch.from_numpy(inputs[f'labels_{i}']),
-            masks=torch.from_numpy(masks)))
+            masks=crop_masks(torch.from_numpy(masks))))
     return dict(inputs=images, data_samples=samples)

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 
-from mmdet.structures.masks import RLE
+from mmdet.structures.masks import RLE, MaskCrops
 
 
 class MaskView(NamedTuple):
@@ -36,19 +37,23 @@ def flip_masks(masks: MaskView) -> MaskView:
     return masks._replace(columns=masks.columns[::-1])
 
 
-def rasterise_masks(masks: MaskView) -> np.ndarray:
-    """Bitmaps (G, H, W) uint8. Only the box of each object is written; the rest is never touched."""
-    bitmaps = np.zeros((len(masks.rles), len(masks.rows), len(masks.columns)), np.uint8)
-    for bitmap, rle in zip(bitmaps, masks.rles):
+def rasterise_masks(masks: MaskView) -> MaskCrops:
+    """The masks' pixels, in the box of each object alone."""
+    crops, table, first = [], [], 0
+    for rle in masks.rles:
         x, y, width, height = coco_mask.toBbox(rle).astype(int)
         rows = np.flatnonzero((masks.rows >= y) & (masks.rows < y + height))
         columns = np.flatnonzero((masks.columns >= x) & (masks.columns < x + width))
-        if len(rows) and len(columns):
-            # pycocotools stores columns one after the other: take columns, transpose, take rows.
-            taken = coco_mask.decode(rle).T[masks.columns[columns], y:y + height]
-            box = bitmap[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-            box[:] = cv2.transpose(taken)[masks.rows[rows] - y]
-    return bitmaps
+        if not (len(rows) and len(columns)):
+            table.append([first, 0, 0, 0, 0])
+            continue
+        # pycocotools stores columns one after the other: take columns, transpose, take rows.
+        taken = coco_mask.decode(rle).T[masks.columns[columns], y:y + height]
+        crops.append(cv2.transpose(taken)[masks.rows[rows] - y].ravel())
+        table.append([first, columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        first += len(crops[-1])
+    pixels = np.concatenate(crops) if crops else np.zeros(0, np.uint8)
+    return MaskCrops(torch.from_numpy(pixels), torch.tensor(table, dtype=torch.int64).reshape(-1, 5))
 
 
 def _nearest(old: int, new: int) -> np.ndarray:

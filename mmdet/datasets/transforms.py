@@ -201,6 +201,6 @@ class PackDetInputs(BaseTransform):
         values: Results = {key: results[key] for key in meta if key in results}
         values.update({key: torch.from_numpy(results[key]) for key in arrays if key in results})
         if 'masks' in results:
-            values['masks'] = torch.from_numpy(rasterise_masks(results['masks']))
+            values['masks'] = rasterise_masks(results['masks'])
         inputs = torch.from_numpy(results['img']).permute(2, 0, 1).contiguous()
         return dict(inputs=inputs, data_samples=DataSample(**values))

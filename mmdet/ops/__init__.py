@@ -1,5 +1,5 @@
-"""Compiled operators, on the CPU and on CUDA: RoIAlign, NMS, mask pasting and global context blocks.
-Deformable convolution on the CPU.
+"""Compiled operators, on the CPU and on CUDA: RoIAlign, NMS, mask targets, mask pasting and
+global context blocks. Deformable convolution on the CPU.
 
 The kernels and their schemas are C++ (`csrc/`, the extension `mmdet._C`); Python adds to each op its
 documentation, its shapes for tracing (fake kernel) and its gradient. Autocast casts nothing here: an op
@@ -21,9 +21,9 @@ from ._context_transform import context_transform
 from ._deform_conv import deform_conv2d
 from ._nms import batched_nms, nms, soft_nms
 from ._paste_masks import paste_masks
-from ._roi_align import multilevel_roi_align, roi_align
+from ._roi_align import mask_targets, multilevel_roi_align, roi_align
 
 __all__ = [
     'batched_nms', 'context_fuse', 'context_pool', 'context_transform', 'deform_conv2d',
-    'multilevel_roi_align', 'nms', 'paste_masks', 'roi_align', 'soft_nms',
+    'mask_targets', 'multilevel_roi_align', 'nms', 'paste_masks', 'roi_align', 'soft_nms',
 ]

@@ -1,4 +1,4 @@
-"""RoIAlign (He et al., Mask R-CNN, 2017, section 3) on one feature map or on a pyramid."""
+"""RoIAlign (He et al., Mask R-CNN, 2017, section 3) on one feature map, on a pyramid, and on masks."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +39,33 @@ def roi_align(
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
     return torch.ops.mmdet.roi_align(
         [input], rois, None, [spatial_scale], height, width, sampling_ratio, aligned)
+
+
+def mask_targets(
+    pixels: Tensor, crops: Tensor, boxes: Tensor, matched: Tensor, shape: tuple[int, int], size: int
+) -> Tensor:
+    """`roi_align(masks, boxes, size, 1.0) >= 0.5` of masks that are kept only where they are not empty.
+
+    What a mask head learns (Mask R-CNN, section 3.1). Sums are exact for float32 boxes.
+
+    Args:
+        pixels: `(B,)` uint8, 0 or 1, of all crops one after another, row by row.
+        crops: `(G, 5)` int64, rows `[first pixel, x1, y1, x2, y2]`: where in `pixels` a crop begins, and
+            which pixels of the image it shows, all that its object has.
+        boxes: `(P, 4)` xyxy in pixels of the image. Half precision is computed in float32.
+        matched: `(P,)` int64, the object of each box.
+        shape: (height, width) of the image.
+        size: bins of a target along each axis.
+
+    Returns:
+        `(P, size, size)` bool.
+
+    Raises:
+        ValueError: on a wrong shape or mixed devices. TypeError: on a wrong dtype. IndexError: on the CPU,
+        when a box is matched with an object that is not there (on CUDA a device-side assert), or a crop
+        leaves the image.
+    """
+    return torch.ops.mmdet.mask_targets(pixels, crops, boxes, matched, *shape, size)
 
 
 def multilevel_roi_align(
@@ -118,3 +145,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
 
 
 torch.library.register_autograd('mmdet::roi_align', _backward, setup_context=_setup_context)
+
+
+@torch.library.register_fake('mmdet::mask_targets')
+def _(
+    pixels: Tensor, crops: Tensor, boxes: Tensor, matched: Tensor, height: int, width: int, size: int
+) -> Tensor:
+    return boxes.new_empty(boxes.shape[0], size, size, dtype=torch.bool)

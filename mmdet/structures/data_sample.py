@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdet.structures.masks import MaskCrops
+
 
 @dataclass
 class DataSample:
@@ -33,8 +35,8 @@ class DataSample:
     """(G, 4) float32."""
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """(G,) int64, 0 .. num_classes - 1."""
-    masks: Tensor | None = None
-    """(G, H, W) uint8, (H, W) = img_shape; None where the pipeline loads no masks."""
+    masks: MaskCrops | None = None
+    """Of the G objects, in pixels of the resized image; None where the pipeline loads no masks."""
     ignored_boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
     """(I, 4) float32."""
 
@@ -52,4 +54,6 @@ class DataSample:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
+        if self.masks is not None:
+            mapped['masks'] = MaskCrops(*map(function, self.masks))
         return replace(self, **mapped)

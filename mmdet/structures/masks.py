@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,31 @@ from mmdet import ops
 
 RLE = dict[str, Any]
 """COCO run-length encoding: {'size': [height, width], 'counts': bytes}."""
+
+
+class MaskCrops(NamedTuple):
+    """Masks of the G objects of an image, each cut out where the object is."""
+
+    pixels: Tensor
+    """(B,) uint8, 0 or 1, of all crops one after another, row by row."""
+    crops: Tensor
+    """(G, 5) int64, rows [first pixel, x1, y1, x2, y2]: which pixels of the image a crop shows."""
+
+
+def crop_masks(bitmaps: Tensor) -> MaskCrops:
+    """Bitmaps (G, H, W) uint8 as crops, each of the whole image."""
+    count, height, width = bitmaps.shape
+    crops = torch.tensor([0, 0, 0, width, height], device=bitmaps.device).repeat(count, 1)
+    crops[:, 0] = torch.arange(count, device=bitmaps.device) * (height * width)
+    return MaskCrops(bitmaps.flatten(), crops)
+
+
+def masks_to_bitmaps(masks: MaskCrops, shape: tuple[int, int]) -> Tensor:
+    """Bitmaps (G, H, W) uint8 of an image of ``shape`` (height, width)."""
+    bitmaps = masks.pixels.new_zeros(len(masks.crops), *shape)
+    for bitmap, (first, x1, y1, x2, y2) in zip(bitmaps, masks.crops.tolist()):
+        bitmap[y1:y2, x1:x2] = masks.pixels[first:first + (y2 - y1) * (x2 - x1)].view(y2 - y1, x2 - x1)
+    return bitmaps
 
 
 def finished(prediction: Mapping[str, Any]) -> dict[str, Any]:

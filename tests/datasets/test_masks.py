@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmdet.datasets.masks import flip_masks, rasterise_masks, resize_masks, view_masks
-from mmdet.structures.masks import encode_rle
+from mmdet.structures.masks import encode_rle, masks_to_bitmaps
 
 
 def make_bitmaps(height: int, width: int) -> np.ndarray:
@@ -32,9 +32,11 @@ def test_resized_and_mirrored_as_by_opencv(size, shapes, flip):
             cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST) for mask in expected])
         if flip and i == 0:  # between the two resizes
             masks, expected = flip_masks(masks), expected[:, :, ::-1]
-    bitmaps = rasterise_masks(masks)
-    assert bitmaps.dtype == np.uint8 and bitmaps.flags.c_contiguous
-    np.testing.assert_array_equal(bitmaps, expected)
+    crops = rasterise_masks(masks)
+    np.testing.assert_array_equal(masks_to_bitmaps(crops, expected.shape[1:]), expected)
+    # Of the corner's pixel no more is kept than resizing made of it; nothing is nothing.
+    _, x1, y1, x2, y2 = crops.crops[1].tolist()
+    assert (x2 - x1) * (y2 - y1) == expected[1].sum() and crops.crops[2, 1:].tolist() == [0, 0, 0, 0]
 
 
 def test_nearest_is_that_of_opencv_for_any_two_sizes():
@@ -47,4 +49,6 @@ def test_nearest_is_that_of_opencv_for_any_two_sizes():
 
 def test_no_masks():
     masks = flip_masks(resize_masks(view_masks([], (4, 6)), (8, 3)))
-    assert rasterise_masks(masks).shape == (0, 8, 3)
+    crops = rasterise_masks(masks)
+    assert masks_to_bitmaps(crops, (8, 3)).shape == (0, 8, 3)
+    assert [(part.shape, part.dtype) for part in crops] == [((0,), torch.uint8), ((0, 5), torch.int64)]

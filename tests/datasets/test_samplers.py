@@ -112,7 +112,7 @@ def epochs(config: dict[str, Any], which: range, seed: int = 3) -> list[list[tup
         loader.dataset.set_epoch(epoch)
         seen.append([
             (sample.img_id, sample.flip, sample.img_shape, int(inputs.sum()), sample.boxes.tolist(),
-             int(sample.masks.sum()))
+             int(sample.masks.pixels.sum()))
             for batch in loader for inputs, sample in zip(batch['inputs'], batch['data_samples'])])
     return seen
 

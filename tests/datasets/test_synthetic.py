@@ -149,7 +149,7 @@ def test_goes_through_coco_dataset(root: Path, coco: COCO) -> None:
         assert item['inputs'].shape == (3, 160, 160)
         assert len(sample.boxes) == len(sample.labels) == sum(not a['iscrowd'] for a in annotations)
         assert len(sample.ignored_boxes) == sum(a['iscrowd'] for a in annotations)
-        assert sample.masks.sum() == sum(a['area'] for a in annotations if not a['iscrowd'])
+        assert sample.masks.pixels.sum() == sum(a['area'] for a in annotations if not a['iscrowd'])
 
 
 @pytest.mark.parametrize('options, message', [

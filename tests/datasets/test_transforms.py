@@ -15,7 +15,7 @@ from mmdet.datasets import transforms as T
 from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.masks import rasterise_masks, view_masks
 from mmdet.registry import TRANSFORMS
-from mmdet.structures.masks import encode_rle
+from mmdet.structures.masks import encode_rle, masks_to_bitmaps
 
 PIPELINE: list[dict[str, Any]] = [
     dict(type='LoadImageFromFile'),
@@ -134,8 +134,9 @@ def test_boxes_and_masks_equal_pycocotools(shared_dir):
             np.testing.assert_array_equal(boxes.numpy(), expected.astype(np.float32))
         assert sample.labels.tolist() == [cat_ids.index(a['category_id']) for a in objects]
         assert sample.labels.dtype == torch.int64
-        assert sample.masks.shape == (len(objects), *sample.ori_shape) and sample.masks.dtype == torch.uint8
-        for mask, a in zip(sample.masks.numpy(), objects):
+        bitmaps = masks_to_bitmaps(sample.masks, sample.ori_shape).numpy()
+        assert bitmaps.dtype == np.uint8
+        for mask, a in zip(bitmaps, objects, strict=True):
             np.testing.assert_array_equal(mask, reference.annToMask(a))
 
 
@@ -152,9 +153,10 @@ def test_crowd_between_objects_and_all_kinds_of_segmentation(make_coco):
     assert sample.boxes.tolist() == [[2, 3, 12, 11], [0, 3, 1, 5], [20, 20, 34, 34]]
     assert sample.labels.tolist() == [0, 1, 0]
     assert sample.ignored_boxes.tolist() == [[1, 1, 10, 10], [5, 5, 9, 9]]
-    assert sample.masks[1].nonzero().tolist() == [[3, 0], [4, 0]]
-    assert sample.masks[0, 3:11, 2:12].all() and sample.masks[0].sum() == 80
-    assert sample.masks[2, 20:24, 20:24].all() and sample.masks[2, 26:].any()
+    bitmaps = masks_to_bitmaps(sample.masks, (40, 50))
+    assert bitmaps[1].nonzero().tolist() == [[3, 0], [4, 0]]
+    assert bitmaps[0, 3:11, 2:12].all() and bitmaps[0].sum() == 80
+    assert bitmaps[2, 20:24, 20:24].all() and bitmaps[2, 26:].any()
 
 
 def test_polygon_that_is_not_finite(make_coco):
@@ -170,13 +172,13 @@ def test_images_without_boxes(make_coco):
     sample = item['data_samples']
     assert item['inputs'].shape == (3, 800, 1000)
     assert sample.boxes.shape == sample.ignored_boxes.shape == (0, 4) and sample.labels.shape == (0,)
-    assert sample.masks.shape == (0, 800, 1000)
-    dtypes = [tensor.dtype for tensor in (sample.boxes, sample.labels, sample.masks)]
+    assert masks_to_bitmaps(sample.masks, (800, 1000)).shape == (0, 800, 1000)
+    dtypes = [tensor.dtype for tensor in (sample.boxes, sample.labels, sample.masks.pixels)]
     assert dtypes == [torch.float32, torch.int64, torch.uint8]
     flipped = T.RandomFlip(1.).transform(dict(
         img=np.zeros((4, 6, 3), np.uint8), img_shape=(4, 6), masks=view_masks([], (4, 6)),
         boxes=np.zeros((0, 4), np.float32), rng=np.random.default_rng(0)))
-    assert flipped['boxes'].shape == (0, 4) and rasterise_masks(flipped['masks']).shape == (0, 4, 6)
+    assert flipped['boxes'].shape == (0, 4) and bitmaps_of(flipped).shape == (0, 4, 6)
 
 
 def test_test_pipeline_has_no_annotations(make_coco):
@@ -218,7 +220,7 @@ def test_resized_images_boxes_and_masks_of_the_reference(shared_dir):
         np.testing.assert_allclose(sample.boxes, unclipped.clip(0, [width, height] * 2), rtol=0, atol=1e-4)
         assert sample.labels.tolist() == inputs[f'labels_{i}'].tolist()
         masks = np.unpackbits(inputs[f'masks_packed_{i}'])[:shape.prod()].reshape(shape)
-        np.testing.assert_array_equal(sample.masks.numpy(), masks)
+        np.testing.assert_array_equal(masks_to_bitmaps(sample.masks, sample.img_shape), masks)
 
 
 def results_of(height: int, width: int) -> dict[str, Any]:
@@ -231,6 +233,10 @@ def results_of(height: int, width: int) -> dict[str, Any]:
         masks=view_masks(encode_rle(bitmaps), (height, width)), rng=rng)
 
 
+def bitmaps_of(results: dict[str, Any]) -> np.ndarray:
+    return masks_to_bitmaps(rasterise_masks(results['masks']), results['img_shape']).numpy()
+
+
 def test_resize_without_ratio():
     results, before = T.Resize(scale=[30, 10]).transform(results_of(20, 15)), results_of(20, 15)
     np.testing.assert_array_equal(results['img'], cv2.resize(before['img'], (30, 10)))
@@ -238,7 +244,7 @@ def test_resize_without_ratio():
     assert results['boxes'].tolist() == [[2, 1, 10, 3.5], [0, 0, 30, 10]]
     assert results['ignored_boxes'].tolist() == [[0, 0, 4, 1.5]]
     # Nearest: pixel x of the result is pixel floor(x * old / new).
-    masks, masks_before = (rasterise_masks(r['masks']) for r in (results, before))
+    masks, masks_before = bitmaps_of(results), bitmaps_of(before)
     np.testing.assert_array_equal(masks, masks_before[:, ::2][:, :, np.arange(30) // 2])
     assert results['boxes'].dtype == np.float32
 
@@ -247,7 +253,7 @@ def test_flip():
     results, before = T.RandomFlip(prob=1.).transform(results_of(9, 15)), results_of(9, 15)
     assert results['flip'] is True
     np.testing.assert_array_equal(results['img'], before['img'][:, ::-1])
-    masks, masks_before = (rasterise_masks(r['masks']) for r in (results, before))
+    masks, masks_before = bitmaps_of(results), bitmaps_of(before)
     np.testing.assert_array_equal(masks, masks_before[:, :, ::-1])
     assert results['boxes'].tolist() == [[10, 2, 14, 7], [-5, -4, 18, 15]]
     assert results['ignored_boxes'].tolist() == [[13, 0, 15, 3]]

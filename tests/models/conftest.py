@@ -10,6 +10,7 @@ from torch import nn
 
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +70,7 @@ def make_sample() -> Callable[..., DataSample]:
         return DataSample(
             img_id=7, img_path='image 7',
             ori_shape=shape, img_shape=shape, pad_shape=shape, batch_shape=shape,
-            boxes=torch.tensor(boxes).reshape(-1, 4), masks=masks,
+            boxes=torch.tensor(boxes).reshape(-1, 4), masks=crop_masks(masks),
             labels=torch.tensor(labels if labels is not None else [0] * len(boxes), dtype=torch.int64),
             ignored_boxes=torch.tensor(crowd or []).reshape(-1, 4))
     return make

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 
 
 def test_a_moved_sample_is_a_copy() -> None:
@@ -11,6 +12,10 @@ def test_a_moved_sample_is_a_copy() -> None:
     assert moved.boxes.device.type == moved.labels.device.type == moved.ignored_boxes.device.type == 'meta'
     assert moved.masks is None and moved.img_shape == (8, 12)
     assert sample.boxes.device.type == 'cpu'
+    sample.masks = crop_masks(torch.ones(2, 8, 12, dtype=torch.uint8))
+    masks = sample.to(torch.device('meta')).masks
+    assert masks is not None and masks.pixels.device.type == masks.crops.device.type == 'meta'
+    assert sample.masks.pixels.device.type == 'cpu'
 
 
 @pytest.mark.cuda

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from mmdet.structures.masks import encode_rle, paste_masks, segmentation_to_rle
+from mmdet.structures.masks import (
+    MaskCrops,
+    crop_masks,
+    encode_rle,
+    masks_to_bitmaps,
+    paste_masks,
+    segmentation_to_rle,
+)
 
 
 def paste_whole_image(masks: Tensor, boxes: Tensor, shape: tuple[int, int], threshold: float) -> np.ndarray:
@@ -75,3 +82,21 @@ def test_uncompressed_rle_runs_down_the_columns() -> None:
 def test_compressed_rle_stays() -> None:
     rle = encode_rle(torch.ones(1, 3, 4))[0]
     assert segmentation_to_rle(rle, 3, 4) == rle
+
+
+def test_bitmaps_as_crops_and_back() -> None:
+    bitmaps = torch.randint(0, 2, (3, 5, 7), dtype=torch.uint8)
+    masks = crop_masks(bitmaps)
+    assert masks.pixels.shape == (105,) and masks.crops[2].tolist() == [70, 0, 0, 7, 5]
+    assert torch.equal(masks_to_bitmaps(masks, (5, 7)), bitmaps)
+    none = crop_masks(bitmaps[:0])
+    assert none.crops.shape == (0, 5) and masks_to_bitmaps(none, (5, 7)).shape == (0, 5, 7)
+
+
+def test_a_crop_lies_where_it_was_cut_out() -> None:
+    masks = MaskCrops(torch.tensor([1, 1, 0, 1, 1, 0, 1], dtype=torch.uint8),
+                      torch.tensor([[0, 2, 1, 3, 2], [1, 0, 0, 3, 2], [7, 0, 0, 0, 0]]))
+    assert masks_to_bitmaps(masks, (3, 4)).tolist() == [
+        [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
+        [[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0]] * 3]

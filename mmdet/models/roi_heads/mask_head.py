@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmdet.models.layers.conv import ConvModule, blocked, dense
 from mmdet.models.layers.norm import NormConfig
-from mmdet.ops import roi_align
+from mmdet.ops import mask_targets
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
 from mmdet.structures.masks import RLE, paste_masks
@@ -80,9 +80,7 @@ class FCNMaskHead(nn.Module):
         if sample.masks is None:
             raise ValueError(f'{sample.img_path}: no masks to train the mask head with; '
                              'set with_mask=True in LoadAnnotations, or model.roi_head.mask_head=None')
-        masks = sample.masks[:, None].to(boxes.dtype)
-        rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-        return (roi_align(masks, rois, size, 1.0) >= 0.5)[:, 0]
+        return mask_targets(*sample.masks, boxes, matched, sample.img_shape, size)
 
     def predict(self, logits: Tensor) -> Tensor:
         """Probabilities (n, M, M) from the logits (n, 1, M, M) of each RoI's class."""

@@ -13,7 +13,7 @@ extern "C" PyObject* PyInit__C() {
 static void pass_by(torch::Library& library) {
   for (const char* op :
        {"roi_align", "nms", "soft_nms", "context_pool", "context_transform", "context_fuse", "paste_masks",
-        "deform_conv2d"}) {
+        "mask_targets", "deform_conv2d"}) {
     library.impl(op, torch::CppFunction::makeFallthrough());
   }
 }
@@ -31,6 +31,9 @@ TORCH_LIBRARY(mmdet, m) {
       "(Tensor, Tensor)");
   m.def(
       "paste_masks(Tensor masks, Tensor boxes, int height, int width, float threshold) -> (Tensor, Tensor)");
+  m.def(
+      "mask_targets(Tensor pixels, Tensor crops, Tensor boxes, Tensor matched, int height, int width, int size) -> "
+      "Tensor");
   m.def(
       "deform_conv2d(Tensor x, Tensor offset, Tensor? mask, Tensor weight, int stride, int padding) -> Tensor");
   m.def(

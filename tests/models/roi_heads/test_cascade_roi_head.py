@@ -15,6 +15,7 @@ from mmdet.legacy_2019 import LAST_PIXEL, legacy_2019
 from mmdet.registry import MODELS
 from mmdet.structures.boxes import Proposals
 from mmdet.structures.data_sample import DataSample
+from mmdet.structures.masks import crop_masks
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,7 +61,7 @@ def proposals() -> Tensor:
 def sample(masks: Tensor | None = None) -> DataSample:
     last = OBJECTS.new_tensor(LAST_PIXEL)
     return DataSample(1, 'image', ORIGINAL, SHAPE, (SCALE, SCALE), boxes=OBJECTS + last,
-                      labels=torch.tensor(CLASSES), masks=masks)
+                      labels=torch.tensor(CLASSES), masks=None if masks is None else crop_masks(masks))
 
 
 def pooled(features: list[Tensor], boxes: Tensor, size: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 
 from mmdet.models.roi_heads.mask_head import FCNMaskHead
+from mmdet.structures.masks import crop_masks
 
 
 def make_head(**options: object) -> FCNMaskHead:
@@ -77,11 +78,12 @@ def test_mask_targets_are_the_masks_inside_the_boxes(make_sample: Callable) -> N
 
 def test_mask_targets_are_torchvisions(make_sample: Callable) -> None:
     sample = make_sample([[10., 10., 38., 38.], [40., 10., 60., 50.]])
-    sample.masks = (torch.rand(2, 64, 96) < 0.5).to(torch.uint8)
+    bitmaps = (torch.rand(2, 64, 96) < 0.5).to(torch.uint8)
+    sample.masks = crop_masks(bitmaps)
     corner = torch.rand(20, 2) * 40
     boxes, matched = torch.cat([corner, corner + torch.rand(20, 2) * 40 + 1], 1), torch.randint(0, 2, (20,))
     rois = torch.cat([matched[:, None], boxes], 1)
-    expected = torchvision.ops.roi_align(sample.masks[:, None].float(), rois, 14, 1.0, aligned=True)[:, 0]
+    expected = torchvision.ops.roi_align(bitmaps[:, None].float(), rois, 14, 1.0, aligned=True)[:, 0]
     found = make_head().targets(boxes, matched, sample, 14)
     # Samples of 0 and 1 may average to the threshold up to rounding.
     clear = (expected - 0.5).abs() > 1e-5

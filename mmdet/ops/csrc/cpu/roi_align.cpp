@@ -2,8 +2,7 @@
 // weights, one for rows and one for columns, built once and used for all channels. Rows are blended first. A cell is a
 // vector of channels, and all loops run over channels: features that are stored plane by plane are brought into that
 // layout before, and their gradient out of it after.
-#include "../roi_align.h"
-
+#include "roi_axis.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -20,45 +19,6 @@
 
 namespace mmdet {
 namespace {
-
-// Bin b of one axis sums weight[t] * cells[t] for t in [begin[b], begin[b + 1]).
-template <typename T>
-struct Axis {
-  std::vector<int> begin;
-  std::vector<int> cell;
-  std::vector<T> weight;
-};
-
-template <typename T>
-Axis<T> make_axis(const RoiSamples<T>& samples, int bins, int extent) {
-  Axis<T> axis;
-  axis.begin.reserve(bins + 1);
-  axis.begin.push_back(0);
-  const auto add = [&axis](int cell, T weight) {
-    if (weight == T(0)) {
-      return;
-    }
-    // Neighbouring samples share cells: merge with one of the last two entries of this bin.
-    const int size = static_cast<int>(axis.cell.size());
-    for (int t = size - 1; t >= std::max(size - 2, axis.begin.back()); --t) {
-      if (axis.cell[t] == cell) {
-        axis.weight[t] += weight;
-        return;
-      }
-    }
-    axis.cell.push_back(cell);
-    axis.weight.push_back(weight);
-  };
-  for (int b = 0; b < bins; ++b) {
-    for (int i = 0; i < samples.grid; ++i) {
-      const auto tap = linear_tap(samples.at(b, i), extent);
-      add(tap.low, tap.weight_low);
-      add(tap.high, tap.weight_high);
-    }
-    axis.begin.push_back(static_cast<int>(axis.cell.size()));
-  }
-  return axis;
-}
 
 // One RoI, ready for all channels. `columns` are the feature columns it touches; x.cell holds positions in them.
 // A dense RoI touches (nearly) all columns of a range, which are then read as one contiguous run.
@@ -120,8 +80,8 @@ std::vector<Roi<T>> make_rois(
       const T scale = static_cast<T>(spatial_scales[roi.level]);
       const auto x = roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned);
       const auto y = roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned);
-      roi.x = make_axis(x, width, level.width);
-      roi.y = make_axis(y, height, level.height);
+      roi.x = make_axis<T>(x, width, level.width);
+      roi.y = make_axis<T>(y, height, level.height);
       roi.count = std::max(T(1), T(x.grid) * T(y.grid));
       compact_columns(roi, one_channel);
     }
