@@ -80,8 +80,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / 'set'
 
 
-def run(folder: Path, tool: str, data: Path, *words: object, **more: object) -> str:
-    """What a tool prints; it has to succeed. ``more``: further settings, __ for a dot."""
+def run(folder: Path, tool: str, data: Path, *words: object, fails: bool = False, **more: object) -> str:
+    """What a tool prints; it has to succeed, or fail. ``more``: further settings, __ for a dot."""
     def text(value: object) -> str:
         return f'({",".join(value)})' if isinstance(value, tuple) else str(value)
 
@@ -92,7 +92,7 @@ def run(folder: Path, tool: str, data: Path, *words: object, **more: object) -> 
     done = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / tool), str(CONFIG), *map(str, words), '--cfg-options', *flags],
         cwd=folder, env=env, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode != 0) == fails, done.stderr
     return done.stdout + done.stderr
 
 
@@ -146,6 +146,18 @@ def test_train_resume_and_test(data: Path, tmp_path: Path) -> None:
         assert len(r['boxes']) == len(r['scores']) == len(r['labels']) == len(r['masks']) > 0
         assert r['ori_shape'] == [SIZE, SIZE] and all(m['size'] == [SIZE, SIZE] for m in r['masks'])
         assert r['scores'] == sorted(r['scores'], reverse=True)
+
+
+def test_annotations_without_masks_show_before_the_test(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / 'ann.json').read_text())
+    content['annotations'][-1]['segmentation'] = []
+    (tmp_path / 'bad.json').write_text(json.dumps(content))
+    settings: dict = dict(test_dataloader__dataset__ann_file=tmp_path / 'bad.json')
+    cfg = load_config(CONFIG, options(data))
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'e.pth')
+    out = run(tmp_path, 'test.py', data, 'e.pth', '--eval', 'bbox', 'segm', fails=True, **settings)
+    assert 'error: the annotation of image id 12 with bbox' in out and 'Epoch(test)' not in out
+    assert 'bbox_mAP' in run(tmp_path, 'test.py', data, 'e.pth', '--eval', 'bbox', **settings)
 
 
 def test_two_images_are_learnt(data: Path) -> None:

@@ -10,11 +10,13 @@ from tempfile import TemporaryFile
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 
 from mmdet.checkpoint import load_meta
 from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
+from mmdet.evaluation.coco_metric import CocoMetric
 from mmdet.legacy_2019 import legacy_2019
 from mmdet.models.layers.norm import fold_batch_norms
 from mmdet.utils.config import load_config
@@ -74,10 +76,25 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = runner.load_checkpoint(args.checkpoint, strict=not args.allow_partial)
     classes = runner.test_dataloader.dataset.metainfo['classes']
     check_classes(checkpoint.get('meta', {}), classes, args.checkpoint)
+    if args.eval and is_main_process():
+        check_annotations(runner)
     if args.fuse_conv_bn:
         number = fold_batch_norms(runner.bare_model.eval())
         runner.logger.info(f'{number} batch norms folded into convolutions')
     runner.test()
+
+
+def check_annotations(runner: DetectionRunner) -> None:
+    """Find out before the test whether it can be evaluated.
+
+    Raises:
+        ValueError: an annotation of an image of the test cannot be.
+    """
+    dataset = runner.test_dataloader.dataset
+    img_ids = [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))]
+    for metric in runner.test_evaluator.metrics:
+        if isinstance(metric, CocoMetric):
+            metric.check_annotations(img_ids)
 
 
 def check_writable(folder: Path) -> None:

@@ -26,6 +26,7 @@ from .coco_eval import (
     IOU_TYPES,
     STAT_NAMES,
     Scores,
+    check_masks,
     count_matches,
     load_annotations,
     run_coco_eval,
@@ -83,6 +84,25 @@ class CocoMetric(BaseMetric):
         self.out = out
         self._last: Sequence[dict[str, Any]] = ()
 
+    def _data_set(self) -> tuple[str, list[int]]:
+        """The annotation file and the category ids of the classes."""
+        meta = self.dataset_meta or {}
+        ann_file = self.ann_file or meta.get('ann_file')
+        if 'cat_ids' not in meta or ann_file is None:
+            raise ValueError('CocoMetric needs a COCO data set, whose metainfo has cat_ids and ann_file')
+        return ann_file, list(meta['cat_ids'])
+
+    def check_annotations(self, img_ids: list[int]) -> None:
+        """Find out before a test of these images whether it can be evaluated.
+
+        Raises:
+            ValueError: an annotation cannot be evaluated, or an image is not in the annotation file.
+        """
+        ann_file, cat_ids = self._data_set()
+        ground_truth = select_ground_truth(load_annotations(ann_file), img_ids, cat_ids)
+        if 'segm' in self.metrics:
+            check_masks(ground_truth, [])
+
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the predictions of one batch; if masks are still being encoded, when the next one comes.
 
@@ -131,11 +151,7 @@ class CocoMetric(BaseMetric):
         """
         if self.out is not None:
             _write(self.out, pickle.dumps(results))
-        meta = self.dataset_meta or {}
-        ann_file = self.ann_file or meta.get('ann_file')
-        if 'cat_ids' not in meta or ann_file is None:
-            raise ValueError('CocoMetric needs a COCO data set, whose metainfo has cat_ids and ann_file')
-        cat_ids = list(meta['cat_ids'])
+        ann_file, cat_ids = self._data_set()
         if self.outfile_prefix is not None:
             for iou_type in iou_types(results):
                 lines = to_records(results, cat_ids, iou_type)
