@@ -24,7 +24,7 @@ run() {  # SCRIPT NAME [FLAG]...
 
 others=(${MMDETECTION:+--mmdetection "$MMDETECTION"} ${DETECTRON2:+--detectron2 "$DETECTRON2"})
 device=(--device "${DEVICE:-cpu}")
-for name in memory roi_align deform_conv nms masks; do
+for name in memory roi_align deform_conv nms masks mask_targets; do
     run "$name" "$name" "${device[@]}"
 done
 

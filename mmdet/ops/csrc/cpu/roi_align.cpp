@@ -14,14 +14,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 namespace mmdet {
 namespace {
 
 // One RoI, ready for all channels. `columns` are the feature columns it touches; x.cell holds positions in them.
-// A dense RoI touches (nearly) all columns of a range, which are then read as one contiguous run.
+// A dense RoI touches all columns of a range, which are then read as one contiguous run.
 template <typename T>
 struct Roi {
   int64_t image;
@@ -34,17 +33,12 @@ struct Roi {
 };
 
 template <typename T>
-void compact_columns(Roi<T>& roi, bool one_channel) {
+void compact_columns(Roi<T>& roi) {
   auto& columns = roi.columns;
   columns = roi.x.cell;
   std::sort(columns.begin(), columns.end());
   columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
-  const size_t range = columns.empty() ? 0 : columns.back() - columns.front() + 1;
-  roi.dense = !columns.empty() && range <= (one_channel ? 3 : 1) * columns.size();
-  if (roi.dense) {
-    columns.resize(range);
-    std::iota(columns.begin(), columns.end(), columns.front());
-  }
+  roi.dense = !columns.empty() && columns.back() - columns.front() + 1 == static_cast<int>(columns.size());
   for (int& cell : roi.x.cell) {
     cell = static_cast<int>(std::lower_bound(columns.begin(), columns.end(), cell) - columns.begin());
   }
@@ -53,8 +47,7 @@ void compact_columns(Roi<T>& roi, bool one_channel) {
 template <typename T>
 std::vector<Roi<T>> make_rois(
     const at::Tensor& rois, const std::optional<at::Tensor>& levels, at::ArrayRef<double> spatial_scales,
-    const std::vector<Level>& pyramid, int64_t images, int height, int width, int sampling_ratio, bool aligned,
-    bool one_channel) {
+    const std::vector<Level>& pyramid, int64_t images, int height, int width, int sampling_ratio, bool aligned) {
   const auto coordinates = rois.to(c10::CppTypeToScalarType<T>::value).contiguous();
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const T* boxes = coordinates.template const_data_ptr<T>();
@@ -83,7 +76,7 @@ std::vector<Roi<T>> make_rois(
       roi.x = make_axis<T>(x, width, level.width);
       roi.y = make_axis<T>(y, height, level.height);
       roi.count = std::max(T(1), T(x.grid) * T(y.grid));
-      compact_columns(roi, one_channel);
+      compact_columns(roi);
     }
   });
   return result;
@@ -96,55 +89,52 @@ inline __attribute__((always_inline)) void add_scaled(int64_t size, T weight, co
   }
 }
 
-// Some channels of one RoI from `cells`, its image's feature map, to output (height, width, channels). The compiler
-// has to know where it is one channel.
-template <bool one_channel, typename S, typename T>
+// Some channels of one RoI from `cells`, its image's feature map, to output (height, width, channels).
+template <typename S, typename T>
 MMDET_SIMD void pool(
     const Roi<T>& roi, const S* cells, const Level& level, int64_t channels, int height, int width, T* blend,
     T* output) {
-  const int64_t count = one_channel ? 1 : channels;
   const int64_t size = static_cast<int64_t>(roi.columns.size());
-  std::fill_n(output, height * width * count, T(0));
+  std::fill_n(output, height * width * channels, T(0));
   for (int h = 0; h < height; ++h) {
-    std::fill_n(blend, size * count, T(0));
+    std::fill_n(blend, size * channels, T(0));
     for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
       const S* row = cells + roi.y.cell[t] * level.row;
-      if (roi.dense && count == level.column) {
-        add_scaled(size * count, roi.y.weight[t], row + roi.columns[0] * level.column, blend);
+      if (roi.dense && channels == level.column) {
+        add_scaled(size * channels, roi.y.weight[t], row + roi.columns[0] * level.column, blend);
       } else {
         for (int64_t j = 0; j < size; ++j) {
-          add_scaled(count, roi.y.weight[t], row + roi.columns[j] * level.column, blend + j * count);
+          add_scaled(channels, roi.y.weight[t], row + roi.columns[j] * level.column, blend + j * channels);
         }
       }
     }
-    for (int w = 0; w < width; ++w, output += count) {
+    for (int w = 0; w < width; ++w, output += channels) {
       for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
-        add_scaled(count, roi.x.weight[t], blend + roi.x.cell[t] * count, output);
+        add_scaled(channels, roi.x.weight[t], blend + roi.x.cell[t] * channels, output);
       }
     }
   }
 }
 
 // The transpose of pool.
-template <bool one_channel, typename T>
+template <typename T>
 MMDET_SIMD void scatter(
     const Roi<T>& roi, const T* grad, const Level& level, int64_t channels, int height, int width, T* blend, T* cells) {
-  const int64_t count = one_channel ? 1 : channels;
   const int64_t size = static_cast<int64_t>(roi.columns.size());
   for (int h = 0; h < height; ++h) {
-    std::fill_n(blend, size * count, T(0));
-    for (int w = 0; w < width; ++w, grad += count) {
+    std::fill_n(blend, size * channels, T(0));
+    for (int w = 0; w < width; ++w, grad += channels) {
       for (int t = roi.x.begin[w]; t < roi.x.begin[w + 1]; ++t) {
-        add_scaled(count, roi.x.weight[t], grad, blend + roi.x.cell[t] * count);
+        add_scaled(channels, roi.x.weight[t], grad, blend + roi.x.cell[t] * channels);
       }
     }
     for (int t = roi.y.begin[h]; t < roi.y.begin[h + 1]; ++t) {
       T* row = cells + roi.y.cell[t] * level.row;
-      if (roi.dense && count == level.column) {
-        add_scaled(size * count, roi.y.weight[t], blend, row + roi.columns[0] * level.column);
+      if (roi.dense && channels == level.column) {
+        add_scaled(size * channels, roi.y.weight[t], blend, row + roi.columns[0] * level.column);
       } else {
         for (int64_t j = 0; j < size; ++j) {
-          add_scaled(count, roi.y.weight[t], blend + j * count, row + roi.columns[j] * level.column);
+          add_scaled(channels, roi.y.weight[t], blend + j * channels, row + roi.columns[j] * level.column);
         }
       }
     }
@@ -174,8 +164,7 @@ at::Tensor roi_align(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "roi_align", [&] {
     using T = at::opmath_type<scalar_t>;
     const auto prepared = make_rois<T>(
-        rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, sampling_ratio, aligned,
-        channels == 1);
+        rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, sampling_ratio, aligned);
     scalar_t* pooled = output.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, num_rois, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> blend(widest(pyramid) * channels), result(bins * channels);
@@ -188,11 +177,7 @@ at::Tensor roi_align(
         }
         const auto& level = pyramid[roi.level];
         const scalar_t* cells = inputs[roi.level].const_data_ptr<scalar_t>() + roi.image * level.image;
-        if (channels == 1) {
-          pool<true>(roi, cells, level, 1, height, width, blend.data(), result.data());
-        } else {
-          pool<false>(roi, cells, level, channels, height, width, blend.data(), result.data());
-        }
+        pool(roi, cells, level, channels, height, width, blend.data(), result.data());
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t b = 0; b < bins; ++b) {
             target[c * bins + b] = static_cast<scalar_t>(result[b * channels + c] / roi.count);
@@ -220,7 +205,7 @@ std::vector<at::Tensor> roi_align_backward(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "roi_align_backward", [&] {
     using T = at::opmath_type<scalar_t>;
     const auto prepared = make_rois<T>(
-        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned, channels == 1);
+        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned);
     const scalar_t* pooled = grad.const_data_ptr<scalar_t>();
     // A thread owns channels, and takes the RoIs in order: no races, and the same sums for any number of threads.
     at::parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
@@ -240,11 +225,7 @@ std::vector<at::Tensor> roi_align_backward(
         }
         const auto& level = pyramid[roi.level];
         T* cells = outputs[roi.level].mutable_data_ptr<T>() + roi.image * level.image + begin;
-        if (channels == 1) {
-          scatter<true>(roi, values.data(), level, 1, height, width, blend.data(), cells);
-        } else {
-          scatter<false>(roi, values.data(), level, count, height, width, blend.data(), cells);
-        }
+        scatter(roi, values.data(), level, count, height, width, blend.data(), cells);
       }
     });
     for (size_t i = 0; i < outputs.size(); ++i) {
