@@ -116,6 +116,7 @@ def test_ctrl_c_leaves_whole_checkpoints(tmp_path: Path) -> None:
         env=os.environ | ON_CPU | dict(PYTHONPATH=path),
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     while not list(tmp_path.glob('w/epoch_*.pth')):
         assert process.poll() is None
