@@ -118,11 +118,14 @@ def test_ctrl_c_leaves_whole_checkpoints(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
-    while not list(tmp_path.glob('w/epoch_*.pth')):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    try:
+        while not list(tmp_path.glob('w/epoch_*.pth')):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert error.endswith('interrupted; every checkpoint is whole, go on with --resume_from auto\n')
     assert 'Traceback' not in error
