@@ -262,19 +262,11 @@ def test_results_of_another_data_set_are_errors(ann_file, change, message):
 
 
 def test_annotations_are_checked_before_a_test(tmp_path):
-    """Of the images to test alone; a segmentation matters to segm alone."""
     path = write_annotations(tmp_path / 'a.json')
-    content = json.loads(path.read_text())
-    content['annotations'][1]['segmentation'] = []  # a dog of image 0
-    path.write_text(json.dumps(content))
+    path.write_text(path.read_text().replace('[[60, 50, 90, 50, 90, 80, 60, 80]]', '[]'))  # a dog of image 0
     build(path).check_annotations([10, 20])
-    build(path, metric='bbox').check_annotations([0, 10])
     with pytest.raises(ValueError, match=r'image id 0 with bbox \[60, 50, 30, 30\] has no segmentation'):
         build(path).check_annotations([0, 10])
-    content['annotations'][2]['bbox'] = [0, 0, 5]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match='annotation 3 of image 10 has no valid bbox'):
-        build(path, metric='bbox').check_annotations([10])
 
 
 def test_an_image_with_two_results_is_an_error(ann_file):
