@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet.models.layers.context_block import ContextBlockConfig, build_context_block
+from mmdet.models.layers.context_block import ContextBlock, ContextBlockConfig, build_context_block
 from mmdet.models.layers.conv import blocked, dense
 from mmdet.models.layers.deform_conv import DeformConv2d, DeformConvConfig
 from mmdet.models.layers.norm import NormConfig, build_norm, freeze_norm_statistics, norm_relu
@@ -102,7 +102,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        # After a context block x is dense. To bring it into blocks is a copy, and conv1's output is smaller.
+        # A context block may leave x dense. To bring it into blocks is a copy, and conv1's output is smaller.
         late = self.chained and self.context_at and not x.is_mkldnn
         inner = blocked(x, [self.bn1]) if self.chained and not late else dense(x)
         identity = _shortcut(self.downsample, inner)
@@ -113,9 +113,11 @@ class Bottleneck(nn.Module):
         out = norm_relu(self.bn2, self.conv2(out))
         if self.context_at == 'after_conv2':
             out = self.context_block(out)
-        out = self.conv3(out)
         if self.context_at == 'after_conv3':
-            return self.context_block(dense(out), dense(identity), relu=True, norm=self.bn3)
+            if out.is_mkldnn and isinstance(self.context_block, ContextBlock):
+                return self.context_block.after_conv(out, self.conv3, self.bn3, identity)
+            return self.context_block(dense(self.conv3(out)), dense(identity), relu=True, norm=self.bn3)
+        out = self.conv3(out)
         if self.context_at == 'after_add':
             return self.context_block(self.bn3(dense(out)) + dense(identity), relu=True)
         return norm_relu(self.bn3, out, identity)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
+from mmdet.models.layers.conv import dense
 from mmdet.models.layers.norm import affine_of
 from mmdet.ops import context_fuse, context_pool, context_transform
 
@@ -107,12 +109,39 @@ class ContextBlock(nn.Module):
         affine = affine_of(norm) if norm is not None else None
         if norm is not None and affine is None:
             x = norm(x)
-        weight = bias = scale = shift = None
+        weight = bias = None
         if self.conv_mask is not None:
             weight, bias = self.conv_mask.weight, self.conv_mask.bias
             # The norm's shift adds the same to all logits, which changes no softmax.
             weight = weight if affine is None else weight.flatten() * affine[0]
         context, x = context_pool(x, weight, bias)
+        return context_fuse(x, *self._scale_and_shift(context, affine), identity, relu)
+
+    def after_conv(self, x: Tensor, conv: nn.Conv2d, norm: nn.Module, identity: Tensor) -> Tensor:
+        """``relu(self(norm(conv(x))) + identity)`` of maps in oneDNN's layout (:func:`blocked`).
+
+        ``conv`` is 1x1, ``norm`` a batch norm in eval mode or none. Both are linear: what they make of the
+        pooled input is their output's context, and the input has fewer channels.
+        """
+        affine, matrix = affine_of(norm), conv.weight.flatten(1)
+        inner, x = dense(x), conv(x)
+        weight = bias = None
+        if self.conv_mask is not None:
+            weight, bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
+            weight = (weight if affine is None else weight * affine[0]) @ matrix
+        context, _ = context_pool(inner, weight, bias)
+        scale, shift = self._scale_and_shift(F.linear(context, matrix, conv.bias), affine)
+        if len(x) > 1:  # a batch norm scales all images alike
+            return context_fuse(dense(x), scale, shift, dense(identity), relu=True)
+        zeros, ones = context.new_zeros(x.shape[1]), context.new_ones(x.shape[1])
+        scale, shift = ones if scale is None else scale[0], zeros if shift is None else shift[0]
+        return F.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0).add_(identity), inplace=True)
+
+    def _scale_and_shift(
+        self, context: Tensor, affine: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What becomes of a map with this context (N, C), both (N, C); ``affine`` comes before."""
+        scale = shift = None
         if affine is not None:
             context = torch.addcmul(affine[1], context, affine[0])
         if self.channel_mul_conv is not None:
@@ -123,7 +152,7 @@ class ContextBlock(nn.Module):
             gated = affine if scale is None else (scale * affine[0], scale * affine[1])
             scale = gated[0].expand_as(context)
             shift = gated[1].expand_as(context) if shift is None else gated[1] + shift
-        return context_fuse(x, scale, shift, identity, relu)
+        return scale, shift
 
 
 def _transform(channels: int, planes: int) -> nn.Sequential:

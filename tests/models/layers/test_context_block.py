@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock, build_context_block
+from mmdet.models.layers.conv import AVAILABLE, blocked
 from mmdet.models.layers.norm import build_norm
 
 
@@ -76,6 +77,29 @@ def test_a_norm_before_it(norm: dict, training: bool, pooling: str, fusion: str)
     torch.testing.assert_close(
         torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
         rtol=0, atol=1e-11)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason='no x86 CPU with AVX2, or no oneDNN')
+@pytest.mark.parametrize('images', [1, 2])
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('pooling', ['att', 'avg'])
+@pytest.mark.parametrize('fusion', ['channel_add', 'channel_mul', 'channel_mul channel_add'])
+@torch.no_grad()
+def test_a_convolution_in_blocks_before_it(images: int, folded: bool, pooling: str, fusion: str) -> None:
+    block, conv = ContextBlock(32, 1 / 4, pooling, fusion.split()), nn.Conv2d(8, 32, 1, bias=folded)
+    norm = nn.Identity() if folded else build_norm(dict(type='BN'), 32).eval()
+    for tensor in [*block.parameters(), *conv.parameters(), *norm.parameters(), *norm.buffers()]:
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.2, 1)
+    x, identity = torch.randn(images, 8, 5, 7), torch.randn(images, 32, 5, 7)
+    found = block.after_conv(blocked(x), conv, norm, blocked(identity))
+    assert found.is_mkldnn == (images == 1)
+    found = found.to_dense() if found.is_mkldnn else found
+    for module in (block, conv, norm):
+        module.double()
+    expected = (eager(block, norm(conv(x.double()))) + identity).relu()
+    assert (expected == 0).any()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6 * expected.max().item())
 
 
 def test_fixed_batch_norm_keeps_no_map_of_its_own() -> None:

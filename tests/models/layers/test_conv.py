@@ -114,6 +114,20 @@ def test_backbone(
 
 
 @needs_blocks
+@pytest.mark.parametrize('gcb, chains', [
+    (GCB, 1),
+    (GCB | dict(fusion_types=('channel_mul',), pooling_type='avg'), 1),
+    (GCB | dict(position='after_add'), 1 + 3 + 1),
+    (dict(type='SE'), 1 + 3 + 1)])
+def test_one_image_stays_in_blocks_behind_a_context_block(
+    gcb: dict[str, Any], chains: int, trained: Callable[[nn.Module], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = trained(ResNet(50, gcb=gcb, stage_with_gcb=(False, True, False, False), zero_init_residual=False))
+    assert count_blocked(net.eval(), torch.rand(1, 3, 64, 96), monkeypatch) == chains
+
+
+@needs_blocks
 def test_trained_batch_norm_needs_dense_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     net = ResNet(18, norm_eval=False, norm_cfg=dict(type='BN', momentum=0)).train()
     assert count_blocked(net, torch.rand(2, 3, 64, 96), monkeypatch) == 0
