@@ -15,8 +15,8 @@ namespace mmdet {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int kBatch = 8;   // packs that a thread has under way
-constexpr int kSteps = 16;  // positions that a thread takes, where the layout is channels_last
+constexpr int kBatch = 8;     // packs that a thread has under way
+constexpr int kUnderWay = 2;  // the same, where it reads and writes once
 
 inline int64_t multiprocessors() {
   int count = 0;
@@ -24,43 +24,39 @@ inline int64_t multiprocessors() {
   return count;
 }
 
-// How a block passes over channels_last maps: threads side by side take a pack of channels each, `wide` of them a
-// position, and go on by `slices` positions.
+// How blocks pass over channels_last maps: threads side by side take a pack of channels each, `wide` of them a position,
+// and a thread takes `steps` positions, `slices` apart.
 struct Rows {
   int64_t area, columns, groups, chunks;  // packs of a position; blocks that share one, and blocks over positions
-  int wide, slices, steps = kSteps;
+  int wide, slices, steps, stride;        // packs from one position of a thread to the next
 
-  // What is summed leaves a part for each block: with `parts` there are fewer blocks, where these are enough.
-  Rows(int64_t images, int64_t channels, int64_t area, int pack, bool parts = false)
-      : area(area), columns(channels / pack) {
+  Rows(int64_t images, int64_t channels, int64_t area, int pack, int steps)
+      : area(area), columns(channels / pack), steps(steps) {
     wide = static_cast<int>(std::min<int64_t>(columns, kThreads));
     slices = kThreads / wide;
     groups = divide_up(columns, wide);
-    if (parts && images * groups * area / (2 * kSteps * slices) >= 4 * multiprocessors()) {
-      steps *= 2;
-    }
     chunks = divide_up(area, slices * steps);
+    stride = static_cast<int>(slices * columns);
   }
 };
 
 // What a thread of a block takes.
 struct Place {
-  int64_t image, column, first;
+  int64_t image, column, row;  // the first position's number among those of all images
+  int64_t start;               // and that of its pack
+  int left;                    // of the image's positions, from that one on
   bool inside;
 
-  __device__ Place(const Rows& rows, int64_t block) {
-    const int64_t chunk = block / rows.groups;
-    const int slice = threadIdx.x / rows.wide;
-    image = chunk / rows.chunks;
-    column = block % rows.groups * rows.wide + threadIdx.x % rows.wide;
-    first = chunk % rows.chunks * rows.slices * rows.steps + slice;
+  __device__ Place(const Rows& rows) {
+    const int64_t chunk = divide(blockIdx.x, rows.groups);
+    const int slice = threadIdx.x / rows.wide, lane = threadIdx.x - slice * rows.wide;
+    image = divide(chunk, rows.chunks);
+    column = (blockIdx.x - chunk * rows.groups) * rows.wide + lane;
+    const int64_t first = (chunk - image * rows.chunks) * rows.slices * rows.steps + slice;
+    row = image * rows.area + first;
+    start = row * rows.columns + column;
+    left = static_cast<int>(min(rows.area - first, static_cast<int64_t>(rows.slices) * rows.steps));
     inside = slice < rows.slices && column < rows.columns;
-  }
-
-  // The number of a step's position among those of all images; -1 behind the image's last.
-  __device__ int64_t row(const Rows& rows, int step) const {
-    const int64_t p = first + step * rows.slices;
-    return p < rows.area ? image * rows.area + p : -1;
   }
 };
 

@@ -13,7 +13,7 @@
 namespace mmdet {
 namespace {
 
-constexpr int kUnderWay = 2;  // packs of each map that a thread loads before it computes
+constexpr int kSummed = 32;  // positions that a thread sums, or half as many: each block leaves a part
 
 template <typename scalar_t, typename T, int kPack>
 __device__ __forceinline__ Pack<scalar_t, kPack> fuse(
@@ -44,33 +44,31 @@ __global__ void __launch_bounds__(kThreads) contiguous_kernel(
   }
 }
 
-// (N, P, C), from its end: what pooling has read last may still be in the cache.
+// (N, P, C).
 template <typename scalar_t, typename T, int kPack>
-__global__ void __launch_bounds__(kThreads, 3) channels_last_kernel(
-    const __grid_constant__ Rows rows, const scalar_t* __restrict__ x, const T* scale, const T* shift,
-    const scalar_t* __restrict__ identity, bool relu, scalar_t* __restrict__ output) {
-  const Place place(rows, gridDim.x - 1 - blockIdx.x);
+__global__ void __launch_bounds__(kThreads) channels_last_kernel(
+    const __grid_constant__ Rows rows, const scalar_t* __restrict__ x, const T* __restrict__ scale,
+    const T* __restrict__ shift, const scalar_t* __restrict__ identity, bool relu, scalar_t* __restrict__ output) {
+  const Place place(rows);
   if (!place.inside) {
     return;
   }
+  Pack<scalar_t, kPack> maps[kUnderWay], others[kUnderWay];
+#pragma unroll
+  for (int i = 0; i < kUnderWay; ++i) {
+    if (i * rows.slices < place.left) {
+      maps[i] = load<kPack>(x + (place.start + i * rows.stride) * kPack);
+      others[i] = load_or<kPack>(identity, (place.start + i * rows.stride) * kPack, scalar_t(0));
+    }
+  }
   const int64_t parameter = (place.image * rows.columns + place.column) * kPack;
   const auto m = load_or<kPack>(scale, parameter, T(1)), a = load_or<kPack>(shift, parameter, T(0));
-  for (int step = 0; step < rows.steps; step += kUnderWay) {
-    Pack<scalar_t, kPack> maps[kUnderWay], others[kUnderWay];
 #pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      if (const int64_t row = place.row(rows, step + i); row >= 0) {
-        const int64_t offset = (row * rows.columns + place.column) * kPack;
-        maps[i] = load<kPack>(x + offset);
-        others[i] = load_or<kPack>(identity, offset, scalar_t(0));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kUnderWay; ++i) {
-      if (const int64_t row = place.row(rows, step + i); row >= 0) {
-        const int64_t offset = (row * rows.columns + place.column) * kPack;
-        store(output + offset, fuse(maps[i], m, a, others[i], relu));
-      }
+  for (int i = 0; i < kUnderWay; ++i) {
+    if (i * rows.slices < place.left) {
+      forget_conversions(maps[i]);
+      forget_conversions(others[i]);
+      store(output + (place.start + i * rows.stride) * kPack, fuse(maps[i], m, a, others[i], relu));
     }
   }
 }
@@ -158,9 +156,10 @@ __global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
 // (N, P, C): the slices of a block are added at last, and the blocks by another kernel. What is not there is known when
 // this is compiled, so that more packs of the others can be under way.
 template <typename scalar_t, typename T, int kPack, bool kScaled, bool kMasked>
-__global__ void __launch_bounds__(kThreads, kScaled || kMasked ? 2 : 3) channels_last_grad_kernel(
-    const __grid_constant__ Rows rows, Maps<scalar_t> maps, const T* scale, T* sums, T* dots) {
+__global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
+    const __grid_constant__ Rows rows, Maps<scalar_t> maps, const T* __restrict__ scale, T* sums, T* dots) {
   constexpr int kReads = kScaled && kMasked ? 2 : 4;
+  static_assert(kSummed % kReads == 0);
   __shared__ Pack<T, kPack> parts[2][kThreads];
   if (!kScaled) {
     maps.x = nullptr;
@@ -168,22 +167,23 @@ __global__ void __launch_bounds__(kThreads, kScaled || kMasked ? 2 : 3) channels
   if (!kMasked) {
     maps.output = nullptr;
   }
-  const Place place(rows, blockIdx.x);
+  const Place place(rows);
   Pack<T, kPack> sum = {}, dot = {};
   if (place.inside) {
     const auto factor = load_or<kPack>(scale, (place.image * rows.columns + place.column) * kPack, T(1));
-    for (int step = 0; step < rows.steps; step += kReads) {
+    for (int first = 0; first * rows.slices < place.left; first += kReads) {
       Read<scalar_t, kPack> reads[kReads];
 #pragma unroll
       for (int i = 0; i < kReads; ++i) {
-        if (const int64_t row = place.row(rows, step + i); row >= 0) {
-          reads[i].load_from(maps, (row * rows.columns + place.column) * kPack);
+        if ((first + i) * rows.slices < place.left) {
+          reads[i].load_from(maps, (place.start + (first + i) * rows.stride) * kPack);
         }
       }
 #pragma unroll
       for (int i = 0; i < kReads; ++i) {
-        if (const int64_t row = place.row(rows, step + i); row >= 0) {
-          fuse_grad(maps, (row * rows.columns + place.column) * kPack, reads[i], factor, sum, dot);
+        if ((first + i) * rows.slices < place.left) {
+          forget_conversions(reads[i].grad);
+          fuse_grad(maps, (place.start + (first + i) * rows.stride) * kPack, reads[i], factor, sum, dot);
         }
       }
     }
@@ -238,7 +238,7 @@ at::Tensor context_fuse(
     const bool channels_last = layout == at::MemoryFormat::ChannelsLast;
     with_pack<scalar_t>(in_packs<scalar_t>(channels_last ? channels : area, features, mul, add, other), [&](auto pack) {
       if (channels_last) {
-        const Rows rows(x.size(0), channels, area, pack);
+        const Rows rows(x.size(0), channels, area, pack, kUnderWay);
         channels_last_kernel<scalar_t, acc_t, pack><<<x.size(0) * rows.chunks * rows.groups, kThreads, 0, stream>>>(
             rows, map, factor, term, residual, relu, out);
       } else {
@@ -286,7 +286,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
         C10_CUDA_KERNEL_LAUNCH_CHECK();
         return;
       }
-      const Rows rows(images, channels, area, pack, true);
+      Rows rows(images, channels, area, pack, kSummed);
+      if (images * rows.chunks * rows.groups < 4 * multiprocessors()) {
+        rows = Rows(images, channels, area, pack, kSummed / 2);
+      }
       const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, type);
       acc_t *part_sums = parts.mutable_data_ptr<acc_t>(), *part_dots = part_sums + images * rows.chunks * channels;
       const auto kernel = x ? (output ? channels_last_grad_kernel<scalar_t, acc_t, pack, true, true>

@@ -40,22 +40,31 @@ __global__ void __launch_bounds__(kThreads) contiguous_grad_kernel(
 
 // (N, P, C).
 template <typename scalar_t, typename T, int kPack>
-__global__ void __launch_bounds__(kThreads, 3) channels_last_grad_kernel(
+__global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
     const __grid_constant__ Rows rows, const scalar_t* __restrict__ grad_map, const T* __restrict__ attention,
-    const T* __restrict__ grad_logits, const T* grad, const T* weight, scalar_t* __restrict__ output) {
-  const Place place(rows, blockIdx.x);
+    const T* __restrict__ grad_logits, const T* __restrict__ grad, const T* __restrict__ weight,
+    scalar_t* __restrict__ output) {
+  const Place place(rows);
   if (!place.inside) {
     return;
   }
+  Pack<scalar_t, kPack> maps[kUnderWay];
+  T a[kUnderWay], b[kUnderWay];
+#pragma unroll
+  for (int i = 0; i < kUnderWay; ++i) {
+    if (i * rows.slices < place.left) {
+      maps[i] = load_or<kPack>(grad_map, (place.start + i * rows.stride) * kPack, scalar_t(0));
+      a[i] = attention[place.row + i * rows.slices];
+      b[i] = grad_logits[place.row + i * rows.slices];
+    }
+  }
   const auto u = load<kPack>(grad + (place.image * rows.columns + place.column) * kPack);
   const auto v = load<kPack>(weight + place.column * kPack);
-#pragma unroll 4
-  for (int step = 0; step < rows.steps; ++step) {
-    const int64_t row = place.row(rows, step);
-    if (row >= 0) {
-      const int64_t offset = (row * rows.columns + place.column) * kPack;
-      const auto map = load_or<kPack>(grad_map, offset, scalar_t(0));
-      store(output + offset, add_grads(map, attention[row], u, grad_logits[row], v));
+#pragma unroll
+  for (int i = 0; i < kUnderWay; ++i) {
+    if (i * rows.slices < place.left) {
+      forget_conversions(maps[i]);
+      store(output + (place.start + i * rows.stride) * kPack, add_grads(maps[i], a[i], u, b[i], v));
     }
   }
 }
@@ -181,7 +190,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
       const scalar_t* start = grad_map ? outer.const_data_ptr<scalar_t>() : nullptr;
       scalar_t* out = grad_x.mutable_data_ptr<scalar_t>();
       if (plan.channels_last) {
-        const Rows rows(plan.images, plan.channels, plan.area, pack);
+        const Rows rows(plan.images, plan.channels, plan.area, pack, kUnderWay);
         const int64_t blocks = plan.images * rows.chunks * rows.groups;
         channels_last_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
             rows, start, pa, pl, pg, pw, out);

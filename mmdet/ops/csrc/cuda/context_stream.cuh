@@ -24,17 +24,6 @@ __device__ __forceinline__ T add_lanes_of_batch(int lane, T* values) {
   return values[0] + __shfl_xor_sync(0xffffffff, values[0], 1);
 }
 
-// Keeps the compiler from holding on to what it has converted a pack to, which takes twice the registers.
-template <typename P>
-__device__ __forceinline__ void forget_conversions(P& pack) {
-  if constexpr (sizeof(P) % sizeof(uint32_t) == 0) {
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(P) / sizeof(uint32_t)); ++i) {
-      asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&pack)[i]));
-    }
-  }
-}
-
 // (N, P, C) of up to kThreads packs of channels: a thread takes one, of some positions at a time, which stay in its
 // registers until they are weighed. A lane weighs the position lane / 4 of a batch.
 template <typename scalar_t, typename T, int kPack, bool kBackward>

@@ -23,6 +23,17 @@ __device__ __forceinline__ void store(T* data, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(data) = pack;
 }
 
+// Keeps the compiler from holding on to what it has converted a pack to, which takes twice the registers.
+template <typename P>
+__device__ __forceinline__ void forget_conversions(P& pack) {
+  if constexpr (sizeof(P) % sizeof(uint32_t) == 0) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(P) / sizeof(uint32_t)); ++i) {
+      asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&pack)[i]));
+    }
+  }
+}
+
 // 32-bit division is several times faster than 64-bit.
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
