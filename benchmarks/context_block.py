@@ -2,7 +2,8 @@
 
 The first line of a case is the floor: PyTorch operations that read and write the bytes that cannot be
 avoided, of x, the output, the identity, the parameters and the gradients. On CUDA the block's bandwidth on
-these bytes is compared with that of copying a map as well.
+these bytes is compared with that of copying a map as well, and all is timed once more as CUDA graphs, which
+shows what the GPU takes, whatever the host needs to launch it.
 """
 import argparse
 import itertools
@@ -80,7 +81,7 @@ def measure(
         def run() -> list[Tensor]:
             if backward:
                 output = function(block, x, given)
-                return [output, *torch.autograd.grad(output, inputs, grad)]
+                return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
             with torch.no_grad():
                 return [function(block, x, given)]
         return run
@@ -103,17 +104,39 @@ def measure(
         functions['copy'] = lambda: [target.copy_(grad)]
     case = f'{layout} {"x".join(map(str, shape))} r{round(1 / ratio)}{" residual" if residual else ""}'
     case += ' f+b' if backward else ' f'
-    records = compare(case, {f'{size / 1e6:.1f} MB': run_floor, **functions}, args.rounds)
-    times = {record['name']: record for record in records}
+    functions = {f'{size / 1e6:.1f} MB': run_floor, **functions}
+    runs = {case: functions}
+    if x.is_cuda:
+        runs[f'{case} graph'] = {name: captured(function) for name, function in functions.items()}
+    records = []
+    for title, timed in runs.items():
+        records += compare(title, timed, args.rounds)
+        summarize(records[-len(timed):], size, 2 * grad.nbytes)
+    return [dict(record, bytes=size) for record in records]
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """What runs the function's kernels, as a CUDA graph.
+
+    Of what earlier calls gave nothing may need a gradient: its nodes would belong to another stream.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def summarize(records: list[dict], size: int, copied: int) -> None:
+    """Print how many times as fast as the others ours is, and on a GPU its bandwidth."""
+    case, times = records[0]['case'], {record['name']: record for record in records}
     for clock in ('wall', 'cpu'):
         fast = times['eager'][clock]['milliseconds'] / times['mmdet'][clock]['milliseconds']
         print(f'{case:48} mmdet is {fast:.2f} times as fast as eager ({clock})', flush=True)
-    if x.is_cuda:
+    if 'copy' in times:
         own, compiled, copy = (times[name]['wall']['milliseconds'] for name in ('mmdet', 'compiled', 'copy'))
-        share = size / own / (2 * grad.nbytes / copy)
+        share = size / own / (copied / copy)
         print(f'{case:48} mmdet is {compiled / own:.2f} times as fast as compiled, '
-              f'{size / own / 1e6:.0f} GB/s, {share:.0%} of copying {grad.nbytes / 1e6:.0f} MB', flush=True)
-    return [dict(record, bytes=size) for record in records]
+              f'{size / own / 1e6:.0f} GB/s, {share:.0%} of copying {copied / 2e6:.0f} MB', flush=True)
 
 
 def main() -> None:
