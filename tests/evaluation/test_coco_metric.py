@@ -199,8 +199,8 @@ def test_two_processes_write_the_same_bytes(ann_file, tmp_path):
         print(metric.evaluate(5)['coco/segm_mAP'])
         dist.destroy_process_group()  # else gloo's threads may abort the process at its end
     """)
-    run = [subprocess.Popen([sys.executable, '-c', code, Path(__file__).parent, tmp_path, rank],
-                            stdout=subprocess.PIPE, text=True) for rank in '01']
+    command = [sys.executable, '-c', code, Path(__file__).parent, tmp_path]
+    run = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in '01']
     numbers = [process.communicate(timeout=120)[0].splitlines()[-1] for process in run]
     assert [process.returncode for process in run] == [0, 0]
     assert numbers[0] == numbers[1] and 0 < float(numbers[0]) < 1
@@ -211,8 +211,7 @@ def test_two_processes_write_the_same_bytes(ann_file, tmp_path):
 
 
 def test_interleave_restores_the_order_of_the_data_set():
-    assert interleave([[0, 3, 6], [1, 4], [2, 5]]) == list(range(7))
-    assert interleave([]) == []
+    assert interleave([[0, 3, 6], [1, 4], [2, 5]]) == list(range(7)) and interleave([]) == []
 
 
 def test_only_the_tested_images_are_evaluated(ann_file, log):
@@ -240,8 +239,7 @@ def test_values_that_are_not_finite_are_errors(ann_file, key, value):
 
 @pytest.mark.parametrize('change, message', [
     (dict(boxes=torch.tensor([[5., 5, 4, 9]] * 3)), 'image id 0: boxes must be x1 <= x2'),
-    (dict(scores=torch.tensor([0.5])), "image id 0: different numbers of .*'scores': 1"),
-])
+    (dict(scores=torch.tensor([0.5])), "image id 0: different numbers of .*'scores': 1")])
 def test_malformed_predictions_are_errors(ann_file, change, message):
     with pytest.raises(ValueError, match=message):
         build(ann_file).process(None, [prediction(0, **change)])
@@ -254,19 +252,23 @@ def test_segm_without_masks_is_an_error(ann_file):
 
 @pytest.mark.parametrize('change, message', [
     (dict(img_id=7), 'image id 7 of the results is not in the annotation file'),
-    (dict(labels=torch.tensor([0, 1, 2])), 'labels reach from 0 to 2, but the data set has 2 classes'),
-])
+    (dict(labels=torch.tensor([0, 1, 2])), 'labels reach from 0 to 2, but the data set has 2 classes')])
 def test_results_of_another_data_set_are_errors(ann_file, change, message):
     with pytest.raises(ValueError, match=message):
         evaluate(build(ann_file), [prediction(0, **change)])
 
 
 def test_annotations_are_checked_before_a_test(tmp_path):
+    """Of the images to test alone; a segmentation matters to segm alone."""
     path = write_annotations(tmp_path / 'a.json')
     path.write_text(path.read_text().replace('[[60, 50, 90, 50, 90, 80, 60, 80]]', '[]'))  # a dog of image 0
     build(path).check_annotations([10, 20])
+    build(path, metric='bbox').check_annotations([0, 10])
     with pytest.raises(ValueError, match=r'image id 0 with bbox \[60, 50, 30, 30\] has no segmentation'):
         build(path).check_annotations([0, 10])
+    path.write_text(path.read_text().replace('[10, 10, 40, 40]', '[10, 10, 40]', 1))
+    with pytest.raises(ValueError, match='annotation 1 of image 0 has no valid bbox'):
+        build(path, metric='bbox').check_annotations([0, 10])
 
 
 def test_an_image_with_two_results_is_an_error(ann_file):
@@ -285,8 +287,7 @@ def test_an_error_of_evaluation_leaves_the_results_on_disk(tmp_path):
 @pytest.mark.parametrize('arguments, message', [
     (dict(metric='box'), "metric 'box' is not known: choose from bbox, segm"),
     (dict(eval_backend='coco'), "eval_backend 'coco' is not known: choose from hotcoco, pycocotools"),
-    (dict(out='r.json'), "out 'r.json' must end with .pkl"),
-])
+    (dict(out='r.json'), "out 'r.json' must end with .pkl")])
 def test_unknown_arguments_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         CocoMetric(**arguments)
@@ -310,8 +311,7 @@ def empty(item):
      'is ignored. Likely cause: class mix-up'),
     (lambda p: p | dict(boxes=p['boxes'] * 3),
      '15 detections with scores from 0.000 to 0.900, 0 ground truths matched at IoU >= 0.5 when the class '
-     'is ignored. Likely cause: bbox results off'),
-])
+     'is ignored. Likely cause: bbox results off')])
 def test_zero_ap_comes_with_a_diagnosis(ann_file, change, said, log):
     numbers = evaluate(build(ann_file, metric='bbox'), [change(prediction(i)) for i in range(5)])
     assert numbers['coco/bbox_mAP'] == numbers['coco/bbox_AR@100'] == 0
@@ -319,9 +319,9 @@ def test_zero_ap_comes_with_a_diagnosis(ann_file, change, said, log):
 
 
 def test_no_ground_truth_is_said(tmp_path, log):
-    content = json.loads(write_annotations(tmp_path / 'gt.json').read_text()) | dict(annotations=[])
-    (tmp_path / 'gt.json').write_text(json.dumps(content))
-    numbers = evaluate(build(tmp_path / 'gt.json'), [prediction(i) for i in range(5)])
+    path = write_annotations(tmp_path / 'gt.json')
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(annotations=[])))
+    numbers = evaluate(build(path), [prediction(i) for i in range(5)])
     assert set(numbers.values()) == {-1}
     assert 'segm AP is undefined (-1): no ground truth in the images tested' in log.getvalue()
 
