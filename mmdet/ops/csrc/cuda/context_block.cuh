@@ -28,7 +28,8 @@ inline int64_t multiprocessors() {
 // and a thread takes `steps` positions, `slices` apart.
 struct Rows {
   int64_t area, columns, groups, chunks;  // packs of a position; blocks that share one, and blocks over positions
-  int wide, slices, steps, stride;        // packs from one position of a thread to the next
+  int wide, slices, steps;
+  int stride;  // packs from one of a thread's positions to the next
 
   Rows(int64_t images, int64_t channels, int64_t area, int pack, int steps)
       : area(area), columns(channels / pack), steps(steps) {
