@@ -109,12 +109,7 @@ class ContextBlock(nn.Module):
         affine = affine_of(norm) if norm is not None else None
         if norm is not None and affine is None:
             x = norm(x)
-        weight = bias = None
-        if self.conv_mask is not None:
-            weight, bias = self.conv_mask.weight, self.conv_mask.bias
-            # The norm's shift adds the same to all logits, which changes no softmax.
-            weight = weight if affine is None else weight.flatten() * affine[0]
-        context, x = context_pool(x, weight, bias)
+        context, x = context_pool(x, *self._logits_of(affine))
         return context_fuse(x, *self._scale_and_shift(context, affine), identity, relu)
 
     def after_conv(self, x: Tensor, conv: nn.Conv2d, norm: nn.Module, identity: Tensor) -> Tensor:
@@ -125,17 +120,24 @@ class ContextBlock(nn.Module):
         """
         affine, matrix = affine_of(norm), conv.weight.flatten(1)
         inner, x = dense(x), conv(x)
-        weight = bias = None
-        if self.conv_mask is not None:
-            weight, bias = self.conv_mask.weight.flatten(), self.conv_mask.bias
-            weight = (weight if affine is None else weight * affine[0]) @ matrix
-        context, _ = context_pool(inner, weight, bias)
+        weight, bias = self._logits_of(affine)
+        context, _ = context_pool(inner, None if weight is None else weight.flatten() @ matrix, bias)
         scale, shift = self._scale_and_shift(F.linear(context, matrix, conv.bias), affine)
         if len(x) > 1:  # a batch norm scales all images alike
             return context_fuse(dense(x), scale, shift, dense(identity), relu=True)
         zeros, ones = context.new_zeros(x.shape[1]), context.new_ones(x.shape[1])
         scale, shift = ones if scale is None else scale[0], zeros if shift is None else shift[0]
         return F.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0).add_(identity), inplace=True)
+
+    def _logits_of(self, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the positions' logits, None where all weigh alike; ``affine`` comes before.
+
+        Its shift is left out: it adds the same to all logits, which changes no softmax.
+        """
+        if self.conv_mask is None:
+            return None, None
+        weight = self.conv_mask.weight
+        return weight if affine is None else weight.flatten() * affine[0], self.conv_mask.bias
 
     def _scale_and_shift(
         self, context: Tensor, affine: tuple[Tensor, Tensor] | None
