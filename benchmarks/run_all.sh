@@ -38,8 +38,8 @@ if [[ ${DEVICE:-cpu} != cpu ]]; then
     exit
 fi
 
-# Without AVX-512 a step in bfloat16 takes minutes.
-half=$("$python" -c "import torch; print('bfloat16' * ('AVX512' in torch.backends.cpu.get_cpu_capability()))")
+# Without instructions for it a step in bfloat16 takes minutes.
+half=$("$python" -c 'import torch; print("bfloat16" * torch.cpu._is_avx512_bf16_supported())')
 run context_block context_block
 run evaluation evaluation
 run loader loader --data "$data"

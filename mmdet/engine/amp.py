@@ -12,9 +12,10 @@ from mmdet.registry import OPTIM_WRAPPERS
 
 def warn_of_slow_bfloat16(logger: Logger) -> None:
     """Say so where bfloat16, which it is on a CPU, takes longer than float32 would."""
-    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2'):
-        logger.warning('bfloat16 takes several times as long as float32 on this CPU, which has no AVX-512; '
-                       'leave --amp out')
+    x86 = torch.backends.cpu.get_cpu_capability() in ('DEFAULT', 'AVX2', 'AVX512')
+    if x86 and not torch.cpu._is_avx512_bf16_supported() and not torch.cuda.is_available():
+        logger.warning('bfloat16 takes several times as long as float32 on this CPU, which has no '
+                       'instructions for it (AVX512_BF16); leave --amp out')
 
 
 @OPTIM_WRAPPERS.register_module()

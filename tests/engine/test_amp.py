@@ -20,13 +20,15 @@ def test_float16_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         build(dtype='float16')
 
 
-@pytest.mark.parametrize('capability, gpu, warned', [
-    ('AVX2', False, True), ('AVX512', False, False), ('SVE256', False, False), ('AVX2', True, False)])
+@pytest.mark.parametrize('capability, bfloat16, gpu, warned', [
+    ('AVX2', False, False, True), ('AVX512', False, False, True), ('AVX512', True, False, False),
+    ('SVE256', False, False, False), ('AVX2', False, True, False)])
 def test_slow_bfloat16_is_said(
-    capability: str, gpu: bool, warned: bool, monkeypatch: pytest.MonkeyPatch,
+    capability: str, bfloat16: bool, gpu: bool, warned: bool, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bfloat16)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     warn_of_slow_bfloat16(logging.getLogger('test'))
     assert ('bfloat16 takes several times as long' in caplog.text) == warned

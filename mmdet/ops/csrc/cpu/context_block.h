@@ -128,7 +128,7 @@ void sum_parts(const T* parts, int64_t groups, int64_t count, int64_t channels, 
 }
 
 constexpr int kRows = 8;  // read side by side
-constexpr int64_t kAhead = 32;  // rows
+constexpr int64_t kAhead = 32, kLong = 1024;  // rows, and the size of a long one
 constexpr int64_t kLine = 64;  // bytes
 
 template <typename T>
@@ -179,8 +179,8 @@ void add_rows(
     std::array<Vec<T>, number> factors;
     for (int k = 0; k < number; ++k) {
       factors[k] = Vec<T>(v[first + k]);
-      // Rows that lie apart are short, and the hardware does not foresee where the next ones begin.
-      if (stride > size && first + k + kAhead < count) {
+      // The hardware does not foresee where the next row begins. In a long row it finds out, and is faster alone.
+      if (stride > size && size < kLong && first + k + kAhead < count) {
         prefetch(row + (k + kAhead) * stride, size);
       }
     }

@@ -159,7 +159,6 @@ template <typename scalar_t, typename T, int kPack, bool kScaled, bool kMasked>
 __global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
     const __grid_constant__ Rows rows, Maps<scalar_t> maps, const T* __restrict__ scale, T* sums, T* dots) {
   constexpr int kReads = kScaled && kMasked ? 2 : 4;
-  static_assert(kSummed % kReads == 0);
   __shared__ Pack<T, kPack> parts[2][kThreads];
   if (!kScaled) {
     maps.x = nullptr;
