@@ -19,13 +19,19 @@ namespace mmdet {
 
 constexpr int64_t kChannelsLastBytes = 512 << 10;    // of a tile
 constexpr int64_t kMinWidth = 16, kMaxWidth = 2048;  // positions of a tile
+constexpr int64_t kPartWidth = 512;                  // at most, of a tile that is a part of each of its rows
 constexpr int64_t kCacheBytes = 32 << 20;            // the last-level cache
 constexpr int64_t kBlock = 256;                      // channels whose partial sums are added side by side
 
-// Of a tile. With channels last it is one run of memory, best in a second-level cache; otherwise it has a run for each
-// channel, and long runs are worth more than that: the threads' tiles stay in the last level, most of it.
-inline int64_t tile_bytes(bool channels_last) {
-  return channels_last ? kChannelsLastBytes : kCacheBytes * 3 / 4 / at::get_num_threads();
+// Positions of a tile, of `position` bytes each. With channels last a tile is one run of memory, best in a second-level
+// cache. Otherwise it has a run for each channel: of an image that stays in a thread's share of the last level, most of
+// it, the runs follow one another; of a larger one short runs come nearer to the second level.
+inline int64_t tile_width(int64_t area, int64_t position, bool channels_last) {
+  if (channels_last) {
+    return std::clamp(kChannelsLastBytes / position, kMinWidth, kMaxWidth);
+  }
+  const int64_t fitting = kCacheBytes * 3 / 4 / at::get_num_threads() / position;
+  return std::clamp(fitting, kMinWidth, fitting < area ? kPartWidth : kMaxWidth);
 }
 
 inline int64_t rows_per_task(int64_t row_size) {
@@ -73,9 +79,7 @@ struct Map {
         area(x.size(2) * x.size(3)),
         channels_last(layout_of(x) == at::MemoryFormat::ChannelsLast),
         large(exceeds_cache(x)) {
-    const int64_t row = std::max<int64_t>(channels, 1) * x.element_size();
-    const int64_t fitting = tile_bytes(channels_last) / row;
-    tiles = divide_up(area, std::clamp(fitting, kMinWidth, kMaxWidth));
+    tiles = divide_up(area, tile_width(area, std::max<int64_t>(channels, 1) * x.element_size(), channels_last));
     while (images * tiles % at::get_num_threads() != 0) {
       ++tiles;
     }
@@ -128,15 +132,7 @@ void sum_parts(const T* parts, int64_t groups, int64_t count, int64_t channels, 
 }
 
 constexpr int kRows = 8;  // read side by side
-constexpr int64_t kAhead = 32, kLong = 1024;  // rows, and the size of a long one
-constexpr int64_t kLine = 64;  // bytes
-
-template <typename T>
-inline void prefetch(const T* data, int64_t size) {
-  for (int64_t i = 0; i < size; i += kLine / sizeof(T)) {
-    __builtin_prefetch(data + i, 0, 2);  // into the second level
-  }
-}
+constexpr int64_t kAhead = 16;  // rows
 
 // body(first, number of rows), the number being a constant; from the last rows to the first if asked.
 template <typename F>
@@ -179,15 +175,14 @@ void add_rows(
     std::array<Vec<T>, number> factors;
     for (int k = 0; k < number; ++k) {
       factors[k] = Vec<T>(v[first + k]);
-      // The hardware does not foresee where the next row begins. In a long row it finds out, and is faster alone.
-      if (stride > size && size < kLong && first + k + kAhead < count) {
-        prefetch(row + (k + kAhead) * stride, size);
-      }
     }
+    // Where rows lie apart the hardware does not foresee the next ones: each is asked for while another is added.
+    const T* next = stride > size && first + kAhead + number <= count ? row + kAhead * stride : row;
     for_vectors<T>(size, [&](int64_t i, int64_t n) {
-      Vec<T> sum = factors[0] * Vec<T>::loadu(row + i, n);
-      for (int k = 1; k < number; ++k) {
+      Vec<T> sum(T(0));
+      for (int k = 0; k < number; ++k) {
         sum = at::vec::fmadd(factors[k], Vec<T>::loadu(row + k * stride + i, n), sum);
+        __builtin_prefetch(next + k * stride + i, 0, 2);  // into the second level
       }
       (Vec<T>::loadu(output + i, n) + sum).store(output + i, n);
     });
