@@ -1,6 +1,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,13 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     pytest.param(PLAIN, 'plain_r50_f64', marks=pytest.mark.slow),
     pytest.param(GCB, 'gcb_r4_r50_f32', marks=pytest.mark.slow)], ids=lambda value: Path(value).stem)
 def test_everything_agrees_with_mmdetection(config: Path, reference: str, shared_dir: Path) -> None:
-    found = tool.compare(str(config), shared_dir / 'reference' / f'{reference}.json')
+    # In a process of its own: rounding is settled by the first call of MKL.
+    done = subprocess.run(
+        [sys.executable, tool.__file__, config, shared_dir / 'reference' / f'{reference}.json'],
+        text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     # Maps, heads, detections, losses and gradients: none may be left out.
-    assert len(found.rows) > 45 and found.failed == [], found.table()
+    assert done.stdout.count('| ok ') > 45 and 'comparisons agree' in done.stdout.splitlines()[-1]
 
 
 @pytest.fixture
