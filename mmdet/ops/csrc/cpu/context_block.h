@@ -176,7 +176,8 @@ void add_rows(
     for (int k = 0; k < number; ++k) {
       factors[k] = Vec<T>(v[first + k]);
     }
-    // Where rows lie apart the hardware does not foresee the next ones: each is asked for while another is added.
+    // Where rows lie apart the hardware does not foresee the next ones: each is asked for while another is added. Of
+    // rows in one run, and of the last ones, the row itself is asked for, which is there.
     const T* next = stride > size && first + kAhead + number <= count ? row + kAhead * stride : row;
     for_vectors<T>(size, [&](int64_t i, int64_t n) {
       Vec<T> sum(T(0));
