@@ -62,8 +62,8 @@ def mask_targets(
 
     Raises:
         ValueError: on a wrong shape or mixed devices. TypeError: on a wrong dtype. IndexError: on the CPU,
-        when a box is matched with an object that is not there (on CUDA a device-side assert), or a crop
-        leaves the image.
+        when a box is matched with an object that is not there, or a crop leaves the image (on CUDA a
+        device-side assert).
     """
     return torch.ops.mmdet.mask_targets(pixels, crops, boxes, matched, *shape, size)
 

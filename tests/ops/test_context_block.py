@@ -160,7 +160,12 @@ def test_not_a_number_stays(device):
     x = torch.zeros(2, 3, 4, 5, device=device)
     x[1, 2, 3, 4] = float('nan')
     shift = torch.zeros(2, 3, device=device)
-    assert torch.equal(context_fuse(x, None, shift, None, True).isnan(), x.isnan())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.detach().contiguous(memory_format=layout).requires_grad_()
+        output = context_fuse(x, None, shift, None, True)
+        output.sum().backward()
+        assert torch.equal(output.isnan(), x.isnan()) and torch.equal(x.grad, x.isnan().float())
+    x = x.detach()
     nan = pool(x, torch.ones(3, device=device), torch.zeros(1, device=device)).isnan()
     assert nan.tolist() == [[False] * 3, [True] * 3]
 

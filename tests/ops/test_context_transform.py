@@ -91,6 +91,7 @@ def test_errors(device):
     for index, wrong, error, message in [
             (0, args[0][0], ValueError, r'context must be \(N, C\), got \[6\]'),
             (0, args[0].int(), TypeError, 'context must be floating point, got Int'),
+            (1, args[1][:0], ValueError, r'first_weight must have a row at least, got \[0, 6\]'),
             (1, args[1][:, 1:], ValueError, r'first_weight must be \[4, 6\], got \[4, 5\]'),
             (2, args[2][1:], ValueError, r'first_bias must be \[4\], got \[3\]'),
             (4, args[4].int(), TypeError, 'norm_bias must be floating point, got Int'),

@@ -171,6 +171,21 @@ def test_soft_nms_half_precision_keeps_its_dtype(device):
     assert torch.equal(keep, reference[2]) and torch.equal(kept_scores, reference[1].bfloat16())
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_soft_nms_takes_float64_scores_as_they_are(device, dtype):
+    boxes = torch.tensor([[0.0, 0, 1, 1], [5, 5, 6, 6]], dtype=dtype, device=device)
+    scores = torch.tensor([0.1, 0.1 + 1e-12], dtype=torch.float64, device=device)
+    _, kept_scores, keep = soft_nms(boxes, scores)
+    assert keep.tolist() == [1, 0] and torch.equal(kept_scores, scores.flip(0))
+
+
+@pytest.mark.parametrize('method', ['linear', 'gaussian', 'naive'])
+def test_soft_nms_of_areas_beyond_float32(device, method):
+    boxes = torch.tensor([[0, 0, 1e20, 1e20], [0, 0, 1e20, 1e20], [0, 0, 2e20, 2e20]], device=device)
+    scores = torch.tensor([0.9, 0.8, 0.7], device=device)
+    assert soft_nms(boxes, scores, method=method)[2].tolist() == [0, 1, 2]
+
+
 def test_inputs_are_left_alone(device):
     boxes, scores = make_boxes(30).to(device), torch.rand(30, device=device)
     copies = boxes.clone(), scores.clone()
@@ -188,6 +203,7 @@ def test_errors(device):
             (lambda: batched_nms(boxes, scores, scores[:2].long(), 0.5), ValueError, 'groups must be'),
             (lambda: soft_nms(boxes[0], scores), ValueError, r'soft_nms: boxes must be \(N, 4\), got \[4\]'),
             (lambda: soft_nms(boxes, scores, sigma=0.0), ValueError, 'sigma must be positive, got 0'),
+            (lambda: soft_nms(boxes, scores, sigma=1e-50), ValueError, 'sigma must be positive, got 1e-50'),
             (lambda: soft_nms(boxes, scores, method='hard'), ValueError,
              "method must be 'linear', 'gaussian' or 'naive', got 'hard'")]:
         with pytest.raises(error, match=message) as caught:

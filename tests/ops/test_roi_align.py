@@ -231,16 +231,16 @@ def test_nothing_to_pool(device):
         assert empty.grad.shape == shape
 
 
-@pytest.mark.parametrize('ratio', [0, 2])
-def test_coordinates_of_a_diverged_network(device, ratio):
+@pytest.mark.parametrize('ratio, aligned', [(0, True), (2, True), (0, False), (2, False)])
+def test_coordinates_of_a_diverged_network(device, ratio, aligned):
     """NaN and infinite coordinates pool zeros, reach no memory outside, and leave other RoIs alone."""
     nan, inf = float('nan'), float('inf')
     x = torch.randn(1, 2, 8, 8, device=device)
     good = [0.0, 8, 8, 40, 40]
     bad = [[0.0, nan, 0, 9, 9], [0, 0, 0, nan, nan], [0, -inf, -inf, inf, inf], [0, 3e37, 3e37, 3e38, 3e38]]
-    output = roi_align(x, torch.tensor([*bad, good], device=device), 2, SCALE, ratio)
+    output = roi_align(x, torch.tensor([*bad, good], device=device), 2, SCALE, ratio, aligned)
     assert output[:-1].count_nonzero() == 0
-    alone = roi_align(x, torch.tensor([good], device=device), 2, SCALE, ratio)
+    alone = roi_align(x, torch.tensor([good], device=device), 2, SCALE, ratio, aligned)
     torch.testing.assert_close(output[-1:], alone)
 
 

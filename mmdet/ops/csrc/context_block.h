@@ -73,6 +73,7 @@ inline void check_context_transform(
   TORCH_CHECK_TYPE(
       at::isFloatingType(context.scalar_type()), op, ": context must be floating point, got ", context.scalar_type());
   const int64_t channels = context.size(1), planes = first_weight.size(0);
+  TORCH_CHECK_VALUE(planes > 0, op, ": first_weight must have a row at least, got ", first_weight.sizes());
   check_operand(op, "first_weight", first_weight, context, {planes, channels}, true);
   check_operand(op, "first_bias", first_bias, context, {planes});
   check_operand(op, "norm_weight", norm_weight, context, {planes}, true);

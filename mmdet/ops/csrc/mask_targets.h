@@ -3,6 +3,8 @@
 
 #include "roi_align.h"
 
+#include <limits>
+
 namespace mmdet {
 
 constexpr int kCropColumns = 5;  // of the table of crops: first pixel, x1, y1, x2, y2
@@ -19,6 +21,12 @@ struct Crop {
         columns(static_cast<int>(row[3] - row[1])),
         rows(static_cast<int>(row[4] - row[2])) {}
 };
+
+// Whether a crop lies within its image, and its pixels within `count`. Of 31 bits each, height and width overflow nothing.
+C10_HOST_DEVICE inline bool crop_fits(const int64_t* row, int64_t height, int64_t width, int64_t count) {
+  return row[0] >= 0 && 0 <= row[1] && row[1] <= row[3] && row[3] <= width && 0 <= row[2] && row[2] <= row[4] &&
+      row[4] <= height && row[0] <= count - (row[3] - row[1]) * (row[4] - row[2]);
+}
 
 // As in roi_align of the whole image's bitmap, pixel by pixel a cell.
 template <typename T>
@@ -49,6 +57,10 @@ inline void check_mask_targets(
   TORCH_CHECK_VALUE(
       height > 0 && width > 0 && size > 0, "mask_targets: height, width and size must be positive, got ", height, ", ",
       width, " and ", size);
+  constexpr int kMost = std::numeric_limits<int>::max();
+  TORCH_CHECK_VALUE(
+      height <= kMost && width <= kMost, "mask_targets: height and width must be at most ", kMost, ", got ", height,
+      " and ", width);
 }
 
 }  // namespace mmdet

@@ -46,7 +46,8 @@ struct SoftNms {
   T min_score;
 
   C10_HOST_DEVICE T operator()(T score, T inter, T outer) const {
-    const T iou = inter > T(0) ? inter / outer : T(0);  // zero for boxes without area, and for NaN
+    T iou = inter / outer;
+    iou = iou > T(0) ? iou : T(0);  // for boxes without area, and for NaN
     if (method == Decay::kGaussian) {
       return score * std::exp(-product(iou, iou) / sigma);
     }
@@ -61,9 +62,14 @@ template <typename T>
 inline SoftNms<T> make_soft_nms(double iou_threshold, double sigma, double min_score, std::string_view method) {
   const bool known = method == "linear" || method == "gaussian" || method == "naive";
   TORCH_CHECK_VALUE(known, "soft_nms: method must be 'linear', 'gaussian' or 'naive', got '", method, "'");
-  TORCH_CHECK_VALUE(sigma > 0, "soft_nms: sigma must be positive, got ", sigma);
+  TORCH_CHECK_VALUE(static_cast<T>(sigma) > T(0), "soft_nms: sigma must be positive, got ", sigma);
   const auto decay = method == "linear" ? Decay::kLinear : method == "gaussian" ? Decay::kGaussian : Decay::kNaive;
   return {decay, round_down<T>(iou_threshold), static_cast<T>(sigma), static_cast<T>(min_score)};
+}
+
+// float64 if either needs it to be exact.
+inline at::ScalarType soft_nms_type(const at::Tensor& boxes, const at::Tensor& scores) {
+  return boxes.scalar_type() == at::kDouble || scores.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 inline void check_nms(const char* op, const at::Tensor& boxes, const at::Tensor& scores) {

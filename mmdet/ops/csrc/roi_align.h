@@ -34,7 +34,7 @@ C10_HOST_DEVICE inline RoiSamples<T> roi_samples(
   const T offset = aligned ? T(0.5) : T(0);
   const T start = product(low, spatial_scale) - offset;
   T size = product(high, spatial_scale) - offset - start;
-  if (!aligned && !(size >= T(1))) {
+  if (!aligned && size < T(1)) {
     size = T(1);
   }
   const T bin = size / bins;

@@ -120,6 +120,7 @@ GOOD: dict[str, Any] = dict(
     (ValueError, dict(boxes=torch.ones(2, 5)), r'boxes must be \(P, 4\) and matched \(P,\), got \[2, 5\]'),
     (ValueError, dict(matched=torch.zeros(3, dtype=torch.int64)), r'got \[2, 4\] and \[3\]'),
     (ValueError, dict(shape=(0, 5)), 'must be positive, got 0, 5 and 28'),
+    (ValueError, dict(shape=(2**31, 5)), 'height and width must be at most 2147483647, got 2147483648 and 5'),
     (ValueError, dict(size=0), 'must be positive, got 61, 83 and 0'),
     (TypeError, dict(pixels=torch.ones(20)), 'pixels must be uint8, crops and matched int64, got Float'),
     (TypeError, dict(boxes=torch.ones(2, 4, dtype=torch.int64)), 'boxes must be floating point, got Long'),
@@ -138,6 +139,7 @@ def test_wrong_arguments(
     (dict(matched=torch.tensor([-1, 0])), r'matched\[0\] names object -1 of 1'),
     (dict(crops=torch.tensor([[0, 1, 1, 6, 6]])), r'crops\[0\] leaves the image or the pixels'),
     (dict(crops=torch.tensor([[0, 80, 1, 84, 2]])), r'crops\[0\] leaves'),
+    (dict(crops=torch.tensor([[2**63 - 1, 0, 0, 2, 2]])), r'crops\[0\] leaves'),
     (dict(crops=torch.tensor([[0, 3, 1, 1, 2]])), r'crops\[0\] leaves'),
 ], ids=str)
 def test_wrong_indices_on_the_cpu(change: dict[str, Any], message: str) -> None:

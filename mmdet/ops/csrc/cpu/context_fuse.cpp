@@ -103,8 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
     const auto step = [&](int64_t i, int64_t n, const V& m, V& sum, V& dot) {
       const V zero(scalar_t(0));
       V value = V::loadu(pg + i, n);
-      if (py) {
-        value = V::blendv(zero, value, V::loadu(py + i, n) > zero);
+      if (py) {  // NaN passes, as in PyTorch
+        value = V::blendv(value, zero, V::loadu(py + i, n) <= zero);
         store(value, out_masked + i, n, stream);
       }
       if (px) {

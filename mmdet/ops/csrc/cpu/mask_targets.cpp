@@ -57,11 +57,9 @@ at::Tensor mask_targets(
   const auto bytes = pixels.contiguous(), table = crops.contiguous(), objects = matched.contiguous();
   const int64_t* rows = table.const_data_ptr<int64_t>();
   for (int64_t g = 0; g < crops.size(0); ++g) {
-    const int64_t* row = rows + g * kCropColumns;
     TORCH_CHECK_INDEX(
-        row[0] >= 0 && row[1] >= 0 && row[2] >= 0 && row[3] >= row[1] && row[4] >= row[2] && row[3] <= width &&
-            row[4] <= height && row[0] + (row[3] - row[1]) * (row[4] - row[2]) <= pixels.size(0),
-        "mask_targets: crops[", g, "] leaves the image or the pixels");
+        crop_fits(rows + g * kCropColumns, height, width, pixels.size(0)), "mask_targets: crops[", g,
+        "] leaves the image or the pixels");
   }
   const int64_t* object = objects.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < matched.size(0); ++k) {

@@ -99,8 +99,8 @@ __device__ __forceinline__ void fuse_grad(
     Pack<T, kPack>& sum, Pack<T, kPack>& dot) {
   auto& grad = read.grad;
   if (maps.output) {
-    for (int j = 0; j < kPack; ++j) {
-      grad.value[j] = static_cast<T>(read.output.value[j]) > T(0) ? grad.value[j] : static_cast<scalar_t>(T(0));
+    for (int j = 0; j < kPack; ++j) {  // NaN passes, as in PyTorch
+      grad.value[j] = static_cast<T>(read.output.value[j]) <= T(0) ? static_cast<scalar_t>(T(0)) : grad.value[j];
     }
     store(maps.masked + i, grad);
   }

@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> context_transform(
   const auto options = context.options().dtype(compute_type(context));
   const auto output = at::empty({images, channels}, options), hidden = at::empty({images, planes}, options);
   const auto active = at::empty_like(hidden), mean = at::empty({images, 1}, options), inverse = at::empty_like(mean);
-  if (output.numel() == 0 || planes == 0) {
+  if (output.numel() == 0) {
     return {output, hidden, active, mean, inverse};
   }
   with_types(
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> context_trans
     using W = decltype(parameter);
     using T = decltype(computed);
     const auto options = hidden.options().dtype(c10::CppTypeToScalarType<W>::value);
-    const bool empty = context.numel() == 0 || planes == 0;
+    const bool empty = context.numel() == 0;
     const auto allocate = [&](at::IntArrayRef sizes) {
       return empty ? at::zeros(sizes, options) : at::empty(sizes, options);
     };

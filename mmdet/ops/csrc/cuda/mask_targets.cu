@@ -37,14 +37,16 @@ __device__ double row_sum(const Crop& crop, int row, const RoiSamples<T>& x, int
 
 template <typename T>
 __global__ void mask_targets_kernel(
-    int64_t count, const uint8_t* pixels, const int64_t* crops, int64_t num_crops, const T* boxes,
+    int64_t count, const uint8_t* pixels, int64_t num_pixels, const int64_t* crops, int64_t num_crops, const T* boxes,
     const int64_t* matched, int height, int width, int size, bool* targets) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += step) {
     const int64_t k = i / (size * size);
     const int bin_x = i % size, bin_y = i / size % size;
     CUDA_KERNEL_ASSERT(matched[k] >= 0 && matched[k] < num_crops);
-    const Crop crop(pixels, crops + matched[k] * kCropColumns);
+    const int64_t* row = crops + matched[k] * kCropColumns;
+    CUDA_KERNEL_ASSERT(crop_fits(row, height, width, num_pixels));
+    const Crop crop(pixels, row);
     const T* box = boxes + 4 * k;
     const auto x = mask_samples(box[0], box[2], size), y = mask_samples(box[1], box[3], size);
     double sum = 0;
@@ -75,7 +77,7 @@ at::Tensor mask_targets(
   const int64_t blocks = std::min((count + kThreads - 1) / kThreads, kMaxBlocks);
   AT_DISPATCH_FLOATING_TYPES(type, "mask_targets", [&] {
     mask_targets_kernel<scalar_t><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        count, bytes.const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>(), crops.size(0),
+        count, bytes.const_data_ptr<uint8_t>(), bytes.size(0), table.const_data_ptr<int64_t>(), crops.size(0),
         coordinates.const_data_ptr<scalar_t>(), objects.const_data_ptr<int64_t>(), height, width, size,
         targets.mutable_data_ptr<bool>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();

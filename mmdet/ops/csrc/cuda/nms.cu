@@ -202,7 +202,7 @@ std::tuple<at::Tensor, at::Tensor> soft_nms(
     std::string_view method) {
   check_nms("soft_nms", boxes, scores);
   const c10::cuda::CUDAGuard guard(boxes.device());
-  const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = soft_nms_type(boxes, scores);
   const auto coordinates = boxes.to(type).contiguous();
   auto current = scores.to(type, /*non_blocking=*/false, /*copy=*/true).contiguous();
   auto kept_scores = at::empty({boxes.size(0)}, current.options());
