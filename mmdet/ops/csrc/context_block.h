@@ -9,17 +9,13 @@
 #include <iterator>
 #include <optional>
 
+#include "compute_type.h"
 #include "layout.h"
 
 namespace mmdet {
 
 inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
-}
-
-// Half-precision inputs are computed in float32.
-inline at::ScalarType compute_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // `to` is dispatched even if there is nothing to do.

@@ -22,7 +22,8 @@ struct Crop {
         rows(static_cast<int>(row[4] - row[2])) {}
 };
 
-// Whether a crop lies within its image, and its pixels within `count`. Of 31 bits each, height and width overflow nothing.
+// Whether a crop lies within its image, and its pixels within `count`. Of 31 bits each, height and width overflow
+// nothing.
 C10_HOST_DEVICE inline bool crop_fits(const int64_t* row, int64_t height, int64_t width, int64_t count) {
   return row[0] >= 0 && 0 <= row[1] && row[1] <= row[3] && row[3] <= width && 0 <= row[2] && row[2] <= row[4] &&
       row[4] <= height && row[0] <= count - (row[3] - row[1]) * (row[4] - row[2]);

@@ -1,6 +1,7 @@
 // Overlap and checks of NMS that the CPU and the CUDA kernels share.
 #pragma once
 
+#include "compute_type.h"
 #include "exact.h"
 
 #include <ATen/core/Tensor.h>
@@ -46,8 +47,7 @@ struct SoftNms {
   T min_score;
 
   C10_HOST_DEVICE T operator()(T score, T inter, T outer) const {
-    T iou = inter / outer;
-    iou = iou > T(0) ? iou : T(0);  // for boxes without area, and for NaN
+    const T ratio = inter / outer, iou = ratio > T(0) ? ratio : T(0);  // zero for boxes without area, and for NaN
     if (method == Decay::kGaussian) {
       return score * std::exp(-product(iou, iou) / sigma);
     }
@@ -65,11 +65,6 @@ inline SoftNms<T> make_soft_nms(double iou_threshold, double sigma, double min_s
   TORCH_CHECK_VALUE(static_cast<T>(sigma) > T(0), "soft_nms: sigma must be positive, got ", sigma);
   const auto decay = method == "linear" ? Decay::kLinear : method == "gaussian" ? Decay::kGaussian : Decay::kNaive;
   return {decay, round_down<T>(iou_threshold), static_cast<T>(sigma), static_cast<T>(min_score)};
-}
-
-// float64 if either needs it to be exact.
-inline at::ScalarType soft_nms_type(const at::Tensor& boxes, const at::Tensor& scores) {
-  return boxes.scalar_type() == at::kDouble || scores.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 inline void check_nms(const char* op, const at::Tensor& boxes, const at::Tensor& scores) {

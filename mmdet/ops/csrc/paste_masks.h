@@ -14,6 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "compute_type.h"
+
 namespace mmdet {
 
 constexpr int kWord = 64;  // pixels of one column in a word, the first in the lowest bit

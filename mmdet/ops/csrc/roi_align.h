@@ -1,6 +1,7 @@
 // Geometry and checks of RoIAlign that the CPU and the CUDA kernel share.
 #pragma once
 
+#include "compute_type.h"
 #include "exact.h"
 #include "layout.h"
 

@@ -68,7 +68,7 @@ at::Tensor mask_targets(
         crops.size(0));
   }
   auto targets = at::empty({boxes.size(0), size, size}, boxes.options().dtype(at::kBool));
-  const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(boxes);
   const auto coordinates = boxes.to(type).contiguous();
   AT_DISPATCH_FLOATING_TYPES(type, "mask_targets", [&] {
     const scalar_t* corners = coordinates.const_data_ptr<scalar_t>();

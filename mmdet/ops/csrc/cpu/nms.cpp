@@ -73,7 +73,7 @@ at::Tensor nms(
     double iou_threshold) {
   check_nms("nms", boxes, scores);
   check_groups(boxes, groups);
-  const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(boxes);
   const auto coordinates = boxes.to(type).contiguous();
   // float64 holds every score exactly, whatever the boxes' dtype.
   const auto ranks = scores.to(at::kDouble).contiguous();
@@ -158,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor> soft_nms(
     const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold, double sigma, double min_score,
     std::string_view method) {
   check_nms("soft_nms", boxes, scores);
-  const auto type = soft_nms_type(boxes, scores);
+  const auto type = compute_type(boxes, scores);
   const auto coordinates = boxes.to(type).contiguous();
   const auto initial = scores.to(type).contiguous();
   auto kept_scores = at::empty({boxes.size(0)}, initial.options());

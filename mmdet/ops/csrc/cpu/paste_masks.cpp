@@ -76,7 +76,7 @@ std::string paste(const T* mask, int size, const T* box, int64_t height, int64_t
 std::tuple<at::Tensor, at::Tensor> paste_masks(
     const at::Tensor& masks, const at::Tensor& boxes, int64_t height, int64_t width, double threshold) {
   check_paste(masks, boxes, height, width);
-  const auto type = masks.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(masks);
   const auto probabilities = masks.to(type).contiguous(), corners = boxes.to(type).contiguous();
   const int size = static_cast<int>(masks.size(1));
   std::vector<std::string> texts(masks.size(0));

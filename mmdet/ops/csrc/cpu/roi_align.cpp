@@ -195,7 +195,7 @@ std::vector<at::Tensor> roi_align_backward(
     bool aligned) {
   const int64_t images = sizes[0], channels = sizes[1], height = grad.size(2), width = grad.size(3);
   const int64_t bins = height * width;
-  const auto options = grad.options().dtype(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto options = grad.options().dtype(compute_type(grad));
   std::vector<at::Tensor> outputs;
   std::vector<Level> pyramid;
   for (size_t i = 2; i < sizes.size(); i += 2) {

@@ -67,7 +67,7 @@ at::Tensor mask_targets(
   check_mask_targets(pixels, crops, boxes, matched, height, width, size);
   const c10::cuda::CUDAGuard guard(boxes.device());
   const auto bytes = pixels.contiguous(), table = crops.contiguous(), objects = matched.contiguous();
-  const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(boxes);
   const auto coordinates = boxes.to(type).contiguous();
   auto targets = at::empty({boxes.size(0), size, size}, boxes.options().dtype(at::kBool));
   const int64_t count = targets.numel();

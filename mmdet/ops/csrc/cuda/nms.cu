@@ -115,7 +115,7 @@ at::Tensor nms(
     order = by_score.index_select(0, place);
   }
   const auto valid = nan.index_select(0, order).logical_not();
-  const auto type = boxes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(boxes);
   const auto sorted = boxes.to(type).index_select(0, order);
   auto kept = at::empty_like(sorted);
   auto keep = at::zeros({size}, boxes.options().dtype(at::kBool));
@@ -202,7 +202,7 @@ std::tuple<at::Tensor, at::Tensor> soft_nms(
     std::string_view method) {
   check_nms("soft_nms", boxes, scores);
   const c10::cuda::CUDAGuard guard(boxes.device());
-  const auto type = soft_nms_type(boxes, scores);
+  const auto type = compute_type(boxes, scores);
   const auto coordinates = boxes.to(type).contiguous();
   auto current = scores.to(type, /*non_blocking=*/false, /*copy=*/true).contiguous();
   auto kept_scores = at::empty({boxes.size(0)}, current.options());

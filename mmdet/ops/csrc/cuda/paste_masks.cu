@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> paste_masks(
     const at::Tensor& masks, const at::Tensor& boxes, int64_t height, int64_t width, double threshold) {
   check_paste(masks, boxes, height, width);
   const c10::cuda::CUDAGuard guard(masks.device());
-  const auto type = masks.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto type = compute_type(masks);
   const auto probabilities = masks.to(type).contiguous(), corners = boxes.to(type).contiguous();
   const int64_t count = masks.size(0);
   const auto host_corners = corners.cpu();
