@@ -9,7 +9,7 @@ weights that were trained with the numerics of 2019.
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmdet.checkpoint_files import find_checkpoint, local_file, read_file, save_checkpoint, write_text
 
-__all__ = ['convert_2019', 'find_checkpoint', 'load_checkpoint', 'load_file', 'load_meta',
+__all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'load_checkpoint', 'load_file', 'load_meta',
            'load_pretrained_backbone', 'load_weights', 'recognise', 'save_checkpoint', 'write_text']
 
 FORMAT_2019 = '2019 format'
@@ -138,6 +138,18 @@ def _with_classes(meta: dict[str, Any]) -> dict[str, Any]:
         names = [name.replace('_', ' ') for name in names]  # COCO's own names have spaces
     others = {key: value for key, value in (meta.get('dataset_meta') or {}).items() if key != 'CLASSES'}
     return meta | dict(dataset_meta=others | dict(classes=tuple(names)))
+
+
+def check_classes(meta: Mapping[str, Any], classes: Sequence[str], source: str) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint of this ``meta`` was trained on other classes, or in another order.
+    """
+    trained = (meta.get('dataset_meta') or {}).get('classes')
+    if trained and [name.replace('_', ' ') for name in trained] != [c.replace('_', ' ') for c in classes]:
+        raise ValueError(f'{source} was trained on the classes {", ".join(trained)}, but the data set of '
+                         f'the config has {", ".join(classes)}: use the config of the checkpoint, or set '
+                         'metainfo.classes of the data set')
 
 
 # -------------------------------------------------------------------- into a model

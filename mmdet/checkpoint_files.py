@@ -97,14 +97,15 @@ def read_file(path: Path, map_location: str | torch.device = 'cpu', trust: bool 
         raise ValueError(f'{path} is not a checkpoint, or is damaged: {reason}') from None
     if isinstance(loaded, dict) and _is_state_dict(loaded.get('state_dict')):
         return loaded
-    if loaded and _is_state_dict(loaded):
+    if _is_state_dict(loaded) and loaded:
         return {'state_dict': loaded}
     raise ValueError(f'{path} is not a checkpoint: it holds a {type(loaded).__name__} without a state_dict '
                      'of tensors')
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
 
 
 def types_named_in(path: Path) -> list[str]:
@@ -165,7 +166,16 @@ def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str,
 
 
 def find_checkpoint(folder: str | Path) -> str | None:
-    """The ``epoch_N.pth`` or ``iter_N.pth`` with the highest N in ``folder``; None where there is none."""
+    """What a training in ``folder`` wrote last; None where there is nothing.
+
+    The file that ``last_checkpoint`` names, or else the ``epoch_N.pth`` or ``iter_N.pth`` with the highest N.
+    """
+    note = Path(folder, 'last_checkpoint')
+    if note.is_file():
+        last = Path(note.read_text().strip())
+        for path in (Path(folder, last.name), last):  # the folder may have moved
+            if path.is_file():
+                return str(path)
     numbered = [(int(found[1]), str(path)) for path in Path(folder).glob('*.pth')
                 if (found := re.fullmatch(r'(?:epoch|iter)_(\d+)', path.stem))]
     return max(numbered)[1] if numbered else None

@@ -7,7 +7,7 @@ its own values and is here: anchors, clipping, the way to the original image, re
 annotations, mask targets and pasting. :func:`legacy_2019` puts them into a config.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -16,7 +16,7 @@ import mmcv
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from torch import Tensor
 
 from mmdet.datasets.masks import resize_masks
@@ -60,9 +60,9 @@ def legacy_2019(cfg: Config) -> Config:
         stage.assigner.match_low_quality = True
 
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        for transform in cfg[name].dataset.pipeline if cfg.get(name) else []:
-            if transform.type == 'Resize':
-                transform.type = 'Resize2019'
+        for transform in _transforms(cfg[name].dataset) if cfg.get(name) else []:
+            if transform.type in ('Resize', 'RandomChoiceResize'):
+                transform.type += '2019'
     if cfg.get('optim_wrapper'):
         cfg.optim_wrapper.clip_grad = dict(max_norm=35, norm_type=2)
     for scheduler in cfg.get('param_scheduler') or []:
@@ -70,6 +70,13 @@ def legacy_2019(cfg: Config) -> Config:
             # One more than the iterations of warm-up: mmengine reaches the full rate at end - 1.
             scheduler.update(start_factor=1 / 3, end=501)
     return cfg
+
+
+def _transforms(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The pipeline of a data set, or those of the data sets that it wraps."""
+    yield from dataset.get('pipeline', [])
+    for inner in [*dataset.get('datasets', []), *filter(None, [dataset.get('dataset')])]:
+        yield from _transforms(inner)
 
 
 @TASK_UTILS.register_module()
@@ -150,6 +157,7 @@ class Resize2019(BaseTransform):
         height, width = results['img_shape']
         (new_width, new_height), factor = mmcv.rescale_size(
             (width, height), tuple(self.scale), return_scale=True)
+        new_width, new_height = max(new_width, 1), max(new_height, 1)  # of a sliver
         results['img'] = mmcv.imresize(results['img'], (new_width, new_height))
         results['img_shape'] = (new_height, new_width)
         results['scale_factor'] = (factor, factor)
@@ -161,3 +169,15 @@ class Resize2019(BaseTransform):
         if 'masks' in results:
             results['masks'] = resize_masks(results['masks'], results['img_shape'])
         return results
+
+
+@TRANSFORMS.register_module()
+class RandomChoiceResize2019(BaseTransform):
+    """Resize2019 with one of several scales, drawn with equal probability (multi-scale training)."""
+
+    def __init__(self, scales: Sequence[tuple[int, int]], keep_ratio: bool = True) -> None:
+        self.resizes = [Resize2019(scale, keep_ratio) for scale in scales]
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """As Resize2019."""
+        return self.resizes[results['rng'].integers(len(self.resizes))].transform(results)

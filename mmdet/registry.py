@@ -13,11 +13,11 @@ def _child(parent: Registry, *locations: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='mmdet', locations=list(locations))
 
 
-MODELS = _child(root.MODELS, 'mmdet.models')
-TASK_UTILS = _child(root.TASK_UTILS, 'mmdet.models.task_modules')
+MODELS = _child(root.MODELS, 'mmdet.models', 'mmdet.legacy_2019')
+TASK_UTILS = _child(root.TASK_UTILS, 'mmdet.models.task_modules', 'mmdet.legacy_2019')
 DATASETS = _child(root.DATASETS, 'mmdet.datasets')
 DATA_SAMPLERS = _child(root.DATA_SAMPLERS, 'mmdet.datasets')
-TRANSFORMS = _child(root.TRANSFORMS, 'mmdet.datasets')
+TRANSFORMS = _child(root.TRANSFORMS, 'mmdet.datasets', 'mmdet.legacy_2019')
 METRICS = _child(root.METRICS, 'mmdet.evaluation')
 HOOKS = _child(root.HOOKS, 'mmdet.engine')
 OPTIM_WRAPPERS = _child(root.OPTIM_WRAPPERS, 'mmdet.engine')

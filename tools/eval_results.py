@@ -4,8 +4,10 @@
 """
 
 import argparse
+import io
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,20 @@ from mmdet.evaluation.coco_eval import load_annotations
 KEYS = {'img_id', 'boxes', 'scores', 'labels'}
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain types and NumPy arrays; anything else could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = r'numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|_codecs\.encode'
+        if not re.fullmatch(plain, f'{module}.{name}'):
+            raise pickle.UnpicklingError(f'it holds {module}.{name}, which could run code')
+        return super().find_class(module, name)
+
+
 def load_results(path: str) -> list[dict[str, Any]]:
     """The list of prediction dicts in ``path``; ValueError or FileNotFoundError in one line otherwise."""
     try:
-        results = pickle.loads(Path(path).read_bytes())
+        results = _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
     except FileNotFoundError:
         raise FileNotFoundError(f'results {path} do not exist') from None
     except Exception as error:  # unpickling raises whatever the damaged bytes lead to
@@ -55,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 
     results = load_results(args.results)
     metric = CocoMetric(
-        metric=args.eval or (['bbox', 'segm'] if 'masks' in results[0] else ['bbox']),
+        metric=args.eval or (['bbox', 'segm'] if any('masks' in r for r in results) else ['bbox']),
         eval_backend=args.eval_backend, outfile_prefix=args.json_prefix)
     metric.dataset_meta = dict(ann_file=args.ann, cat_ids=category_ids(args.ann, args.classes))
     metric.process(None, results)

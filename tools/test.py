@@ -12,11 +12,11 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
-from mmdet.checkpoint import load_meta
+from mmdet.checkpoint import check_classes, load_meta
 from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
-from mmdet.evaluation.coco_metric import CocoMetric
+from mmdet.evaluation.coco_metric import check_annotations
 from mmdet.legacy_2019 import legacy_2019
 from mmdet.models.layers.norm import fold_batch_norms
 from mmdet.utils.config import load_config
@@ -77,24 +77,11 @@ def main(argv: Sequence[str]) -> None:
     classes = runner.test_dataloader.dataset.metainfo['classes']
     check_classes(checkpoint.get('meta', {}), classes, args.checkpoint)
     if args.eval and is_main_process():
-        check_annotations(runner)
+        check_annotations(runner.test_loop)
     if args.fuse_conv_bn:
         number = fold_batch_norms(runner.bare_model.eval())
         runner.logger.info(f'{number} batch norms folded into convolutions')
     runner.test()
-
-
-def check_annotations(runner: DetectionRunner) -> None:
-    """Find out before the test whether it can be evaluated.
-
-    Raises:
-        ValueError: an annotation of an image of the test cannot be.
-    """
-    dataset = runner.test_dataloader.dataset
-    img_ids = [dataset.get_data_info(i)['img_id'] for i in range(len(dataset))]
-    for metric in runner.test_evaluator.metrics:
-        if isinstance(metric, CocoMetric):
-            metric.check_annotations(img_ids)
 
 
 def check_writable(folder: Path) -> None:
@@ -115,11 +102,15 @@ def set_test(cfg: Config, args: argparse.Namespace) -> None:
             cfg[f'{key}_{part}'] = None
     cfg.val_evaluator = cfg.optim_wrapper = cfg.param_scheduler = cfg.load_from = None
     cfg.resume = False
-    cfg.test_evaluator.update(metric=args.eval, out=args.out, outfile_prefix=args.json_prefix)
+    # The first of several is the one that the flags are for.
+    evaluator = cfg.test_evaluator[0] if isinstance(cfg.test_evaluator, list) else cfg.test_evaluator
+    evaluator.update(metric=args.eval, out=args.out, outfile_prefix=args.json_prefix)
     if args.eval_backend:
-        cfg.test_evaluator.eval_backend = args.eval_backend
+        evaluator.eval_backend = args.eval_backend
+    # A checkpoint's weights are the averages already.
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'EMAHook']
     if args.show_dir:
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='DrawHook', out_dir=args.show_dir)]
+        cfg.custom_hooks.append(dict(type='DrawHook', out_dir=args.show_dir))
 
 
 def set_precision(cfg: Config, amp: str | None) -> None:
@@ -135,18 +126,6 @@ def set_precision(cfg: Config, amp: str | None) -> None:
         torch.set_autocast_dtype('cuda', torch.bfloat16 if amp == 'bf16' else torch.float16)
     elif amp == 'fp16':
         raise ValueError('float16 needs a GPU; on the CPU use bfloat16 (--amp bf16)')
-
-
-def check_classes(meta: dict, classes: Sequence[str], checkpoint: str) -> None:
-    """
-    Raises:
-        ValueError: the model was trained on other classes than those of the data set.
-    """
-    trained = (meta.get('dataset_meta') or {}).get('classes')
-    if trained and [name.replace('_', ' ') for name in trained] != [c.replace('_', ' ') for c in classes]:
-        raise ValueError(f'{checkpoint} was trained on the classes {", ".join(trained)}, but the data set of '
-                         f'the config has {", ".join(classes)}: use the config of the checkpoint, or set '
-                         'test_dataloader.dataset.metainfo.classes')
 
 
 if __name__ == '__main__':

@@ -7,15 +7,18 @@ Several processes: ``--gpus N``, or tools/dist_train.sh.
 
 import argparse
 import os.path as osp
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 
 from mmdet.checkpoint import find_checkpoint, load_meta
 from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
+from mmdet.evaluation.coco_metric import check_annotations
 from mmdet.legacy_2019 import legacy_2019
 from mmdet.utils.config import load_config
 from mmdet.utils.env import setup_cpu
@@ -42,22 +45,27 @@ def main(argv: Sequence[str]) -> None:
         return
     hardware = setup_cpu()
     cfg = load_config(args.config, args.cfg_options)
-    if args.legacy_2019:
-        cfg = legacy_2019(cfg)
     cfg.launcher = launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
+    meta = set_start(cfg, args.resume_from, args.trust_checkpoint)
+    seed_from = set_seed(cfg, args.seed, meta)
+    if args.legacy_2019 or meta.get('legacy_2019'):
+        cfg = legacy_2019(cfg)
     set_evaluation(cfg, args.validate)
     set_precision(cfg, args.amp)
     if args.compile:
         cfg.compile = True
-    seed_from = set_start(cfg, args.resume_from, args.seed, args.trust_checkpoint)
 
     runner = DetectionRunner.from_cfg(cfg)
     runner.trust_checkpoint = args.trust_checkpoint
     runner.logger.info(f'work_dir: {runner.work_dir}, seed: {runner.seed}{seed_from}, '
                        f'processes: {runner.world_size}, {hardware}')
+    if meta.get('legacy_2019'):
+        runner.logger.info('trained with the numerics of the 2019 code, as the checkpoint was')
     if args.amp:
         warn_of_slow_bfloat16(runner.logger)
+    if runner.val_loop is not None and is_main_process():
+        check_annotations(runner.val_loop)
     runner.logger.info(f'log: {osp.join(runner.log_dir, runner.timestamp)}.log, numbers as JSON lines: '
                        f'{osp.join(runner.log_dir, "vis_data", "scalars.json")}')
     runner.train()
@@ -67,6 +75,9 @@ def set_evaluation(cfg: Config, interval: int) -> None:
     """Evaluate every ``interval`` epochs; 0: never."""
     if interval < 0:
         raise ValueError(f'--validate {interval}: a number of epochs is needed')
+    if interval and cfg.train_cfg.get('max_iters'):
+        raise ValueError('--validate counts epochs, and this config trains by iteration: evaluate by '
+                         '--cfg-options train_cfg.max_epochs=..., or remove train_cfg.max_iters')
     if interval:
         cfg.train_cfg.val_interval = interval
     else:
@@ -80,17 +91,24 @@ def set_precision(cfg: Config, amp: str | None) -> None:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype)
 
 
-def set_start(cfg: Config, resume_from: str | None, seed: int | None, trust: bool) -> str:
-    """Resume, with the checkpoint's seed unless another is given; returns where the seed comes from."""
+def set_start(cfg: Config, resume_from: str | None, trust: bool) -> dict[str, Any]:
+    """Resume where that is asked for; returns the ``meta`` of the checkpoint then, {} without one."""
     if resume_from == 'auto' or (resume_from is None and cfg.get('resume') and not cfg.get('load_from')):
-        resume_from = find_checkpoint(cfg.work_dir) or ''  # '': nothing was saved yet, train from the start
-    if resume_from is not None:
-        cfg.resume, cfg.load_from = bool(resume_from), resume_from or None
+        cfg.resume, resume_from = False, find_checkpoint(cfg.work_dir)  # None: nothing was saved yet
+    if resume_from:
+        cfg.resume, cfg.load_from = True, resume_from
+    return load_meta(cfg.load_from, trust) if cfg.get('resume') else {}
+
+
+def set_seed(cfg: Config, seed: int | None, meta: Mapping[str, Any]) -> str:
+    """The seed that is given, or the checkpoint's, or the config's; returns where it comes from."""
     origin = ''
-    if seed is None and cfg.get('resume'):
-        seed, origin = load_meta(cfg.load_from, trust).get('seed'), ' (of the checkpoint)'
+    if seed is None and meta.get('seed') is not None:
+        seed, origin = meta['seed'], ' (of the checkpoint)'
     if seed is None:
-        seed, origin = cfg.get('randomness', {}).get('seed'), ''
+        seed = cfg.get('randomness', {}).get('seed')
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f'the seed must be from 0 to {2**32 - 1}, not {seed}')
     cfg.randomness = dict(cfg.get('randomness', {}), seed=seed)
     return origin
 

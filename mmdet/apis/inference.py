@@ -11,9 +11,10 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import BaseModel
 
-from mmdet.checkpoint import load_checkpoint
+from mmdet.checkpoint import load_checkpoint, load_meta
 from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.transforms import LoadImageFromFile
+from mmdet.legacy_2019 import legacy_2019
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.utils.config import load_config
 from mmdet.utils.env import to_device
@@ -24,7 +25,7 @@ Image = str | Path | np.ndarray
 
 def init_detector(config: str | Path | Config, checkpoint: str | Path | None = None, device: str = 'cpu',
                   cfg_options: Mapping[str, Any] | None = None) -> BaseModel:
-    """The detector of a config, in evaluation mode.
+    """The detector of a config, in evaluation mode; with the numerics of 2019 for a checkpoint of 2019.
 
     Args:
         config: path of a config file, or what ``load_config`` made of one.
@@ -44,7 +45,10 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
         cfg.merge_from_dict(dict(cfg_options or {}))
     else:
         cfg = load_config(config, cfg_options)
-    model = MODELS.build(cfg.model)
+    if checkpoint is not None and load_meta(checkpoint).get('legacy_2019'):
+        cfg = legacy_2019(cfg)
+    given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
+    model = MODELS.build(given | cfg.model)
     meta: dict[str, Any] = {}
     if checkpoint is None:
         warnings.warn('no checkpoint is given: the detector has random weights', stacklevel=2)
@@ -106,4 +110,5 @@ def _load(image: Image) -> dict[str, Any]:
         return LoadImageFromFile().transform(dict(img_path=str(image)))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f'an image must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}')
+    image = np.ascontiguousarray(image)
     return dict(img_path='', img=image, ori_shape=image.shape[:2], img_shape=image.shape[:2])

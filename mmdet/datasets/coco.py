@@ -66,7 +66,8 @@ class CocoDataset(BaseDataset):
     ``instances`` (dicts with ``bbox`` xyxy in pixels, ``bbox_label``, ``ignore_flag`` (1: crowd) and
     ``mask``: RLE or list of polygons, which are ``array('d')``) and ``rng``, a NumPy Generator seeded by
     (seed, epoch, index of the item), from which transforms draw. So augmentation depends neither on the
-    number of workers or processes nor on the order of loading.
+    number of workers or processes nor on the order of loading, and copies of an image in one epoch
+    (RepeatDataset) are alike.
 
     ``metainfo`` has ``classes``, ``palette`` (an RGB colour per class), ``cat_ids`` (the file's category
     id per class) and ``ann_file`` (absolute path). A label is a position in ``classes``.
@@ -133,15 +134,19 @@ class CocoDataset(BaseDataset):
         """Sets the seed of all random draws of the pipeline."""
         self._random_state[0] = seed
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which changes the random draws; reaches running worker processes."""
-        self._random_state[1] = epoch
+    def set_epoch(self, epoch: int | None) -> None:
+        """Sets the epoch, which changes the random draws; reaches running worker processes.
+
+        None: they are seeded by NumPy's global random numbers, for training that counts no epochs.
+        """
+        self._random_state[1] = -1 if epoch is None else epoch
 
     def prepare_data(self, idx: int) -> Any:
         """Item ``idx`` after the pipeline."""
         data_info = self.get_data_info(idx)
         seed, epoch = self._random_state.tolist()
-        data_info['rng'] = np.random.default_rng((seed, epoch, data_info['sample_idx']))
+        drawn = (seed, epoch, data_info['sample_idx']) if epoch >= 0 else np.random.randint(2**32, size=4)
+        data_info['rng'] = np.random.default_rng(drawn)
         return self.pipeline(data_info)
 
     def full_init(self) -> None:

@@ -98,8 +98,6 @@ def _to_rle(segmentation: list | RLE | None, results: Results) -> RLE | None:
         segmentation = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
         if not segmentation:
             return None
-        if not all(np.isfinite(np.asarray(p, np.float64)).all() for p in segmentation):
-            raise ValueError(f'a polygon of {results["img_path"]} has a coordinate that is not finite')
     if not segmentation:
         raise ValueError(f'an object of {results["img_path"]} has no segmentation')
     return segmentation_to_rle(segmentation, height, width)
@@ -149,6 +147,7 @@ def _checked_scale(scale: Sequence[int]) -> tuple[int, int]:
 def _resize(results: Results, scale: tuple[int, int], keep_ratio: bool) -> Results:
     height, width = results['img_shape']
     new_width, new_height = mmcv.rescale_size((width, height), scale) if keep_ratio else scale
+    new_width, new_height = max(new_width, 1), max(new_height, 1)  # of a sliver
     results['img'] = mmcv.imresize(results['img'], (new_width, new_height))
     results['img_shape'] = (new_height, new_width)
     # Ratios of the rounded sizes: the scale itself would misplace boxes by up to half a pixel.

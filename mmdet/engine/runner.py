@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import time
 import warnings
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 import torch.distributed
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, broadcast
+from mmengine.hooks import EMAHook
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.model import is_model_wrapper
+from mmengine.optim import ReduceOnPlateauParamScheduler
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -47,7 +51,8 @@ class DetectionRunner(Runner):
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """As mmengine's, which without a GPU fails on several processes: those are joined by gloo."""
         if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group('gloo')
+            timeout = (env_cfg.get('dist_cfg') or {}).get('timeout')
+            torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
@@ -55,7 +60,11 @@ class DetectionRunner(Runner):
         with warnings.catch_warnings():  # `forward_sync_buffers`, its new name, is unknown to torch 2.11
             warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated')
             if self.distributed and not torch.cuda.is_available():
-                return MMDistributedDataParallel(model, broadcast_buffers=False)
+                if self.cfg.get('sync_bn'):
+                    raise ValueError("sync_bn makes batch norms that need GPUs: use norm_cfg.type='SyncBN'")
+                options = dict(type='MMDistributedDataParallel', module=model, broadcast_buffers=False,
+                               find_unused_parameters=bool(self.cfg.get('find_unused_parameters')))
+                return MODEL_WRAPPERS.build(options | (model_wrapper_cfg or {}))
             return super().wrap_model(model_wrapper_cfg, to_device(model, get_device()))
 
     @property
@@ -65,7 +74,7 @@ class DetectionRunner(Runner):
 
     def _init_model_weights(self) -> None:
         """Start the model on the first process (one download) and copy it to the others."""
-        if self._resume:
+        if self._resume and self._load_from:
             return
         model: Any = self.bare_model
         if self.rank == 0:
@@ -89,7 +98,9 @@ class DetectionRunner(Runner):
         """mmengine's logger; what it says while it is built goes to the file only, but for warnings."""
         self.logger = super().build_logger(*args, **kwargs)
         # Of mmengine about itself, and of gradients that `resume` brings back.
-        noise = ('will be deprecated', 'Exp name: ', 'Resumed iteration number is not divisible')
+        # BatchSizeHook says of trained batch norms what is to be said.
+        noise = ('will be deprecated', 'Exp name: ', 'Resumed iteration number is not divisible',
+                 'Gradient accumulative may slightly decrease')
         self.logger.addFilter(lambda record: not any(words in record.getMessage() for words in noise))
         self._set_console_level(logging.WARNING)
         return self.logger
@@ -210,35 +221,62 @@ class DetectionRunner(Runner):
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Go on as if training had not stopped where ``filename`` was written.
 
-        Weights and the optimizer's momentum come from the checkpoint, all settings from the config.
+        Weights and the optimizer's momentum come from the checkpoint, all settings from the config. Of an
+        epoch that was not at its end all batches are trained on again.
 
         Raises:
             ValueError: no checkpoint of this training, or of one that has ended.
         """
         content = self.load_checkpoint(filename, strict=True)
-        meta = content.get('meta', {})
-        if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
-            raise ValueError(f'{filename} holds weights only, no state of a training: start from it with '
-                             f'--cfg-options load_from={filename}')
-        if meta['epoch'] >= self.max_epochs:
-            raise ValueError(f'{filename} is at epoch {meta["epoch"]} of {self.max_epochs}, nothing is left '
-                             'to train: raise train_cfg.max_epochs')
-        self.train_loop._epoch, self.train_loop._iter = meta['epoch'], meta['iter']
-        self._replay_schedules(meta['epoch'], meta['iter'])
+        meta = content['meta']
+        if problem := self._not_resumable(content):
+            raise ValueError(f'{filename} {problem}')
+        if classes := getattr(self.train_dataloader.dataset, 'metainfo', {}).get('classes'):
+            checkpoint_file.check_classes(meta, classes, filename)
+        epochs, iters, batches = 0, meta['iter'], 0
+        if isinstance(self.train_loop, EpochBasedTrainLoop):  # whose epochs had perhaps other batches
+            epochs, batches = meta['epoch'], meta.get('batches', 0)
+            iters = epochs * len(self.train_dataloader)
+        if batches:
+            self.logger.warning(f'{filename} was written in epoch {epochs + 1}, which starts again: its '
+                                f'first {batches} batches are trained on twice')
+        self.train_loop._epoch, self.train_loop._iter = epochs, iters
+        self._replay_schedules(epochs, iters)
         groups = self.optim_wrapper.optimizer.param_groups
         settings = [{key: value for key, value in group.items() if key != 'params'} for group in groups]
         self.optim_wrapper.load_state_dict(content['optimizer'])
         for group, values in zip(self.optim_wrapper.optimizer.param_groups, settings):
             group.update(values)
-        pending, parameters = content.get('gradients', {}), dict(self.bare_model.named_parameters())
+        pending = {} if batches else content.get('gradients', {})
+        parameters = dict(self.bare_model.named_parameters())
         for name, gradient in pending.items():
             parameters[name].grad = gradient.to(parameters[name])
-        if not pending and meta['iter'] % self.optim_wrapper._accumulative_counts:
+        if not pending and iters % self.optim_wrapper._accumulative_counts:
             self.logger.warning(f'{filename} does not hold the gradients that waited in the middle of an '
                                 'accumulation: the first step lacks them')
         saved = content.get('message_hub', {}).get('runtime_info', {})
         self.message_hub.update_info_dict({k: v for k, v in saved.items() if k.startswith(_HUB_KEYS)})
-        self.logger.info(f'Resumed from {filename} after epoch {meta["epoch"]}, iteration {meta["iter"]}')
+        self.logger.info(f'Resumed from {filename} after epoch {epochs}, iteration {iters}')
+
+    def _not_resumable(self, content: dict[str, Any]) -> str:
+        """Why this training cannot go on where a checkpoint was written; '' if it can."""
+        meta, instead = content['meta'], 'start from its weights with --cfg-options load_from=...'
+        if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
+            return f'holds weights only, no state of a training: {instead}'
+        by_epoch = isinstance(self.train_loop, EpochBasedTrainLoop)
+        unit, end = ('epoch', self.max_epochs) if by_epoch else ('iter', self.max_iters)
+        if meta[unit] >= end:
+            return (f'is at {unit} {meta[unit]} of {end}, nothing is left to train: '
+                    f'raise train_cfg.max_{unit}s')
+        if not _same_settings((content['optimizer'] or {}).get('param_groups') or [],
+                              self.optim_wrapper.optimizer.param_groups):
+            return f'has the state of another optimizer, or of other parameters: {instead}'
+        schedules: list[Any] = self.param_schedulers or []
+        if any(isinstance(schedule, ReduceOnPlateauParamScheduler) for schedule in schedules):
+            return f'does not hold what a ReduceOnPlateau schedule saw of the evaluations: {instead}'
+        if 'ema_state_dict' in content and not any(isinstance(hook, EMAHook) for hook in self.hooks):
+            return f'holds averaged weights: put the EMAHook that made them into custom_hooks, or {instead}'
+        return ''
 
     def _replay_schedules(self, epochs: int, iters: int) -> None:
         """Bring the schedules to where they are after ``epochs`` of together ``iters`` iterations.
@@ -256,3 +294,13 @@ class DetectionRunner(Runner):
             for scheduler in schedulers:
                 if scheduler.by_epoch and epoch_ends:
                     scheduler.step()
+
+
+def _same_settings(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> bool:
+    """Whether saved ``param_groups`` are of the optimizer that has ``groups``.
+
+    A release of PyTorch adds settings, another optimizer has others.
+    """
+    return len(saved) == len(groups) and all(
+        len(a['params']) == len(b['params']) and not (a.keys() - b.keys() and b.keys() - a.keys())
+        for a, b in zip(saved, groups))

@@ -7,7 +7,6 @@ in place of the box.
 
 import io
 import json
-import math
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import pycocotools.coco
 import pycocotools.cocoeval
 from mmengine.logging import print_log
 
-from mmdet.structures.masks import segmentation_to_rle
+from mmdet.structures.masks import segmentation_problem, segmentation_to_rle
 
 BACKENDS = {
     'hotcoco': (hotcoco.COCO, hotcoco.COCOeval),
@@ -55,7 +54,7 @@ class Scores(NamedTuple):
 def load_annotations(ann_file: str | Path) -> dict[str, Any]:
     """The COCO annotation file as a dict with ``images``, ``annotations`` and ``categories``."""
     try:
-        content = json.loads(Path(ann_file).read_text(encoding='utf-8'))
+        content = json.loads(Path(ann_file).read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
         raise FileNotFoundError(f'annotation file {ann_file} does not exist') from None
     except (ValueError, OSError) as error:
@@ -111,7 +110,10 @@ def check_masks(ground_truth: dict[str, Any], records: list[dict[str, Any]]) -> 
     """Raise ValueError where COCOeval would fail on masks, or find no overlap without a word."""
     sizes = {image['id']: [image['height'], image['width']] for image in ground_truth['images']}
     for annotation in ground_truth['annotations']:
-        problem = _segmentation_problem(annotation['segmentation'], sizes[annotation['image_id']])
+        segmentation = annotation['segmentation']
+        problem = segmentation_problem(segmentation, *sizes[annotation['image_id']])
+        if not problem and isinstance(segmentation, list) and len(segmentation[0]) < 6:
+            problem = 'has a polygon of fewer than 3 points'
         if problem:
             raise ValueError(f'the annotation of image id {annotation["image_id"]} with bbox '
                              f'{annotation["bbox"]} {problem}: segm cannot be evaluated')
@@ -120,19 +122,6 @@ def check_masks(ground_truth: dict[str, Any], records: list[dict[str, Any]]) -> 
         if size != sizes[record['image_id']]:
             raise ValueError(f'image id {record["image_id"]}: masks are {size} (height, width), but the '
                              f'annotation file says {sizes[record["image_id"]]}')
-
-
-def _segmentation_problem(segmentation: Any, size: list[int]) -> str:
-    if not segmentation:
-        return 'has no segmentation'
-    if isinstance(segmentation, list):
-        if len(segmentation[0]) < 6:
-            return 'has a polygon of fewer than 3 points'
-        finite = all(math.isfinite(sum(polygon)) for polygon in segmentation)
-        return '' if finite else 'has a polygon with NaN or infinite coordinates'
-    if 'counts' not in segmentation or list(segmentation.get('size', ())) != size:
-        return f'has no RLE of the size of its image, {size} (height, width)'
-    return ''
 
 
 def run_coco_eval(ground_truth: dict[str, Any], records: list[dict[str, Any]], iou_type: str,

@@ -74,8 +74,13 @@ class CocoMetric(BaseMetric):
             raise ValueError(f'eval_backend {eval_backend!r} is not known: choose from {", ".join(BACKENDS)}')
         if out is not None and not out.endswith(('.pkl', '.pickle')):
             raise ValueError(f'out {out!r} must end with .pkl or .pickle')
+        # What cannot be written shows before the test, not after.
+        if out is not None and Path(out).is_dir():
+            raise ValueError(f'out {out} is a folder: give a file')
+        if outfile_prefix is not None and not os.path.basename(outfile_prefix).strip('.'):
+            raise ValueError(f'outfile_prefix {outfile_prefix!r} must end with the beginning of a file name')
         for path in (out, outfile_prefix):
-            if path is not None:  # a folder that cannot be written shows before the test, not after
+            if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.ann_file = ann_file
         self.classwise = classwise
@@ -183,6 +188,18 @@ class CocoMetric(BaseMetric):
                 print_log(warning, logger='current', level=logging.WARNING)
             numbers |= {f'{metric}_{name}': float(value) for name, value in zip(STAT_NAMES, scores.stats)}
         return numbers
+
+
+def check_annotations(loop: Any) -> None:
+    """Find out before a validation or test loop whether it can be evaluated.
+
+    Raises:
+        ValueError: as ``CocoMetric.check_annotations``.
+    """
+    dataset = loop.dataloader.dataset
+    for metric in loop.evaluator.metrics:
+        if isinstance(metric, CocoMetric):
+            metric.check_annotations([dataset.get_data_info(i)['img_id'] for i in range(len(dataset))])
 
 
 def to_numpy(prediction: dict[str, Any]) -> dict[str, Any]:

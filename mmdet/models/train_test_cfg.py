@@ -22,7 +22,7 @@ class ProposalConfig(TypedDict):
     """Which boxes of the RPN become proposals.
 
     The best ``nms_pre`` of each level, larger than ``min_bbox_size`` pixels, compete in each level's
-    NMS; the best ``max_per_img`` of all levels stay.
+    NMS; the best ``max_per_img`` of all levels stay (-1: all).
     """
 
     nms_pre: int
@@ -43,7 +43,7 @@ class RCNNTestConfig(TypedDict, total=False):
     """Which boxes are detections.
 
     Of those that score above ``score_thr`` and survive their class's NMS, the best ``max_per_img``
-    stay. From a probability of ``mask_thr_binary`` on, a pixel belongs to the mask.
+    stay (-1: all). From a probability of ``mask_thr_binary`` on, a pixel belongs to the mask.
     """
 
     score_thr: float

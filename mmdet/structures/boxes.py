@@ -49,9 +49,12 @@ def clip_boxes(boxes: Tensor, shape: Sequence[int] | Tensor) -> Tensor:
 
 
 def per_image(keep: Tensor, images: Tensor, num_images: int, most: int) -> list[Tensor]:
-    """What is kept (n,), at most ``most`` of each image in the order given, from the image (n,) of each."""
+    """What is kept (n,) of each image, from the image (n,) of each: in the order given, the first ``most``.
+
+    All of it if ``most`` is negative.
+    """
     counts = (images[:, None] == torch.arange(num_images, device=images.device)).sum(dim=0).tolist()
-    return [part[:most] for part in keep[images.argsort(stable=True)].split(counts)]
+    return [part if most < 0 else part[:most] for part in keep[images.argsort(stable=True)].split(counts)]
 
 
 def boxes_to_rois(boxes: list[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Free functions on instance masks: rasterise, crop to RoIs, paste into images, COCO RLE."""
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from mmdet import ops
 
 RLE = dict[str, Any]
 """COCO run-length encoding: {'size': [height, width], 'counts': bytes}."""
+FARTHEST = 100_000  # pixels; an outline takes memory for each of its pixels
+_UNKNOWN = 'neither a list of polygons [x1, y1, x2, y2, ...] nor an RLE'
 
 
 class MaskCrops(NamedTuple):
@@ -53,6 +56,55 @@ def segmentation_to_rle(segmentation: list[list[float]] | RLE, height: int, widt
     if isinstance(segmentation['counts'], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def segmentation_problem(segmentation: Any, height: int, width: int) -> str:
+    """Why pycocotools would fail, or never end, on a COCO segmentation of an image; '' if it would not."""
+    if not segmentation:
+        return 'has no segmentation'
+    if isinstance(segmentation, list):
+        try:
+            near = all(math.isfinite(sum(polygon)) and max(polygon, default=0) <= FARTHEST
+                       and min(polygon, default=0) >= -FARTHEST for polygon in segmentation)
+        except TypeError:
+            return f'has a segmentation that is {_UNKNOWN}: {str(segmentation)[:100]}'
+        return '' if near else f'has a polygon with a coordinate that is NaN or beyond {FARTHEST} pixels'
+    if not isinstance(segmentation, Mapping):
+        return f'has a segmentation that is {_UNKNOWN}: {str(segmentation)[:100]}'
+    size = segmentation.get('size')
+    if 'counts' not in segmentation or not isinstance(size, list | tuple) or list(size) != [height, width]:
+        return f'has no RLE of the size of its image, {[height, width]} (height, width)'
+    runs = _run_lengths(segmentation['counts'])
+    if runs is None or (runs < 0).any() or runs.sum() != height * width:
+        return f'has an RLE whose counts do not add up to its size, {[height, width]} (height, width)'
+    return ''
+
+
+def _run_lengths(counts: Any) -> np.ndarray | None:
+    """The numbers of an RLE, int64; None if they are none.
+
+    Compressed, a number is in characters from '0' on: 5 bits each, the lowest first, a sixth bit where more
+    follow; the last one's fifth bit is the sign. From the fourth on it is the difference to the last but one.
+    """
+    if isinstance(counts, list):
+        whole = all(isinstance(count, int) and abs(count) < 2**32 for count in counts)
+        return np.array(counts, np.int64) if whole else None
+    if not isinstance(counts, str | bytes) or not counts:
+        return None
+    text = counts.encode() if isinstance(counts, str) else counts
+    bits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((bits & 32) == 0)
+    if len(last) == 0 or last[-1] != len(bits) - 1 or (bits < 0).any() or (bits > 63).any():
+        return None
+    first = np.r_[0, last[:-1] + 1]
+    if (last - first > 6).any():  # 35 bits are more than any image has pixels
+        return None
+    place = np.arange(len(bits)) - np.repeat(first, last - first + 1)
+    numbers = np.add.reduceat((bits & 31) << 5 * place, first)
+    numbers -= np.where(bits[last] & 16, 1 << 5 * (last - first + 1), 0)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
 
 
 def encode_rle(masks: Tensor) -> list[RLE]:

@@ -55,7 +55,6 @@ class ParamwiseConfig(TypedDict, total=False):
     norm_decay_mult: float
     flat_decay_mult: float
     dwconv_decay_mult: float
-    dcn_offset_lr_mult: float
     bypass_duplicate: bool
 
 
@@ -193,6 +192,6 @@ RUNNER_KEYS: dict[str, Any] = {
     'sync_bn': Literal['torch', 'mmcv'] | None,
     'find_unused_parameters': bool,
     'compile': bool | dict[str, Any],
-    'activation_checkpointing': str | list[str] | None,
+    'activation_checkpointing': None,  # mmengine's loses gradients; model.backbone.with_cp does not
     'efficient_conv_bn_eval': str | list[str] | None,
 }

@@ -159,13 +159,6 @@ def test_crowd_between_objects_and_all_kinds_of_segmentation(make_coco):
     assert bitmaps[2, 20:24, 20:24].all() and bitmaps[2, 26:].any()
 
 
-def test_polygon_that_is_not_finite(make_coco):
-    args = make_coco([dict(segmentation=[[1, 2, float('nan'), 4, 5, 6]])])
-    dataset = CocoDataset(**args, pipeline=PIPELINE)
-    with pytest.raises(ValueError, match='a polygon of .*0.png has a coordinate that is not finite'):
-        dataset[0]
-
-
 def test_images_without_boxes(make_coco):
     dataset = CocoDataset(**make_coco([]), pipeline=PIPELINE)
     item = dataset[1]

@@ -205,6 +205,55 @@ def test_a_finished_training_cannot_be_resumed(toy_runner, tmp_path: Path) -> No
         ).train()
 
 
+def test_a_checkpoint_within_an_epoch_starts_that_epoch_again(toy_runner, tmp_path: Path) -> None:
+    """Six iterations an epoch: the third checkpoint is at the end of the second one."""
+    options = dict(default_hooks__checkpoint=dict(by_epoch=False, interval=4), train_cfg__val_interval=9)
+    toy_runner('four', **options).train()
+    folder = tmp_path / 'four'
+    places = {i: load_file(folder / f'iter_{i}.pth')['meta'] for i in (8, 12, 24)}
+    assert {i: (meta['epoch'], meta['batches']) for i, meta in places.items()} == {
+        8: (1, 2), 12: (2, 0), 24: (4, 0)}
+    toy_runner('end', load_from=str(folder / 'iter_12.pth'), resume=True, **options).train()
+    assert_same(folder / 'iter_24.pth', tmp_path / 'end' / 'iter_24.pth')
+    again = toy_runner('within', load_from=str(folder / 'iter_8.pth'), resume=True, **options)
+    again.train()
+    assert again.iter == 24
+    log = Path(glob(f'{tmp_path}/within/*/*.log')[0]).read_text()
+    assert 'iter_8.pth was written in epoch 2, which starts again: its first 2 batches' in log
+    with pytest.raises(ValueError, match='is at epoch 4 of 4, nothing is left to train'):
+        toy_runner('over', load_from=str(folder / 'iter_24.pth'), resume=True, **options).train()
+
+
+def test_a_finished_training_by_iteration_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
+    options = dict(train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2),
+                   default_hooks__checkpoint=dict(by_epoch=False, interval=2))
+    toy_runner('a', **options).train()
+    with pytest.raises(ValueError, match='is at iter 2 of 2, nothing is left to train: raise'):
+        toy_runner('b', load_from=str(tmp_path / 'a' / 'iter_2.pth'), resume=True, **options).train()
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(optim_wrapper__optimizer=dict(_delete_=True, type='AdamW', lr=0.1)), 'state of another optimizer'),
+    (dict(custom_hooks=[]), 'holds averaged weights: put the EMAHook that made them into custom_hooks'),
+    (dict(param_scheduler=[dict(type='ReduceOnPlateauLR', monitor='toy/mean')]), 'what a ReduceOnPlateau'),
+    (dict(train_dataloader__dataset__names=('b', 'a'), val_dataloader__dataset__names=('b', 'a')),
+     'was trained on the classes a, b, but the data set of the config has b, a')])
+def test_another_training_cannot_be_resumed(toy_runner, tmp_path: Path, options: dict, message: str) -> None:
+    average = dict(custom_hooks=[dict(type='EMAHook')])
+    toy_runner('a', train_cfg__max_epochs=1, **average).train()
+    with pytest.raises(ValueError, match=message):
+        toy_runner('b', load_from=str(tmp_path / 'a/epoch_1.pth'), resume=True, **average | options).train()
+
+
+def test_an_epoch_of_other_batches_leaves_the_schedule_by_iterations_in_its_place(
+        toy_runner, tmp_path: Path) -> None:
+    toy_runner('two', train_cfg__max_epochs=2).train()
+    rest = toy_runner('rest', train_dataloader__batch_size=4, resume=True,
+                      load_from=str(tmp_path / 'two' / 'epoch_2.pth'))
+    rest.train()
+    assert rest.iter == rest.max_iters == 12
+
+
 def test_a_checkpoint_of_another_model_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
     save_checkpoint(
         dict(meta=dict(epoch=1, iter=6), optimizer={}, state_dict={'fc.bias': torch.zeros(1)}),

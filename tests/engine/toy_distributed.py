@@ -14,7 +14,9 @@ folder = Path(sys.argv[1])
 def train(name: str, **options: object) -> None:
     cfg = load_config(Path(__file__).parent / 'toy_config.py', options)
     cfg.update(launcher='pytorch', work_dir=str(folder / name), randomness=dict(seed=3), experiment_name=name)
-    DetectionRunner.from_cfg(cfg).train()
+    runner = DetectionRunner.from_cfg(cfg)
+    runner.train()
+    assert runner.model.find_unused_parameters == (name == 'iters')
 
 
 precise = dict(custom_hooks=[dict(type='PreciseBNHook', num_iters=9, interval=2)])
@@ -24,7 +26,7 @@ train('rest', **precise, load_from=str(folder / 'two' / 'epoch_2.pth'), resume=T
 accumulated = {'optim_wrapper.accumulative_counts': 2, 'train_cfg.val_interval': 9}
 train('accumulated', **accumulated)
 train('more', load_from=str(folder / 'accumulated' / 'epoch_1.pth'), resume=True, **accumulated)
-train('iters', **{
+train('iters', find_unused_parameters=True, **{
     'train_cfg': dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3, val_interval=3),
     'val_evaluator.out': str(folder / 'iters.txt'),
     'default_hooks.checkpoint': dict(by_epoch=False, interval=3)})

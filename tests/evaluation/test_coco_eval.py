@@ -204,7 +204,7 @@ def test_masks_that_cannot_be_compared_are_errors(small):
 @pytest.mark.parametrize('segmentation, problem', [
     ([], 'has no segmentation'), (None, 'has no segmentation'),
     ([[1, 1, 5, 5]], 'has a polygon of fewer than 3 points'),
-    ([[1, 1, 5, 5, float('nan'), 5]], 'has a polygon with NaN or infinite coordinates'),
+    ([[1, 1, 5, 5, float('nan'), 5]], 'has a polygon with a coordinate that is NaN'),
     (dict(counts=[12000]), r'has no RLE of the size of its image, \[100, 120\]'),
     (dict(counts=[12000], size=[120, 100]), r'has no RLE of the size of its image, \[100, 120\]'),
 ])

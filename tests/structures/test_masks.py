@@ -11,6 +11,7 @@ from mmdet.structures.masks import (
     encode_rle,
     masks_to_bitmaps,
     paste_masks,
+    segmentation_problem,
     segmentation_to_rle,
 )
 
@@ -100,3 +101,29 @@ def test_a_crop_lies_where_it_was_cut_out() -> None:
         [[0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
         [[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]],
         [[0, 0, 0, 0]] * 3]
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (40, 50), (700, 900)])
+def test_what_pycocotools_writes_is_no_problem(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    for share in (0, 0.001, 0.5, 1):
+        mask = np.asfortranarray(rng.random(shape) < share, np.uint8)
+        rle = coco_mask.encode(mask)
+        assert segmentation_problem(rle, *shape) == ''
+        edges = np.flatnonzero(np.diff(mask.ravel('F'), prepend=0, append=2)).tolist()
+        runs = np.diff([0, *edges]).tolist()
+        assert segmentation_problem(dict(size=list(shape), counts=runs), *shape) == ''
+        assert coco_mask.frPyObjects(dict(size=list(shape), counts=runs), *shape) == rle
+
+
+@pytest.mark.parametrize('counts', [
+    [3, 4], [3000], [-3, 2003], [2000.0], ['2000'], 7, None, '', b'', '!', 'a', 'P' * 9 + '1', '1' * 3000])
+def test_counts_that_pycocotools_would_not_end_on(counts: object) -> None:
+    assert segmentation_problem(dict(size=[40, 50], counts=counts), 40, 50) == (
+        'has an RLE whose counts do not add up to its size, [40, 50] (height, width)')
+
+
+def test_a_mask_cut_short() -> None:
+    rle = coco_mask.encode(np.asfortranarray(np.random.default_rng(0).random((40, 50)) < 0.5, np.uint8))
+    for end in range(1, len(rle['counts'])):
+        assert segmentation_problem(rle | dict(counts=rle['counts'][:end]), 40, 50)

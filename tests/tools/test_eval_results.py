@@ -78,6 +78,7 @@ def test_classes_set_the_order_of_the_labels(saved):
     (['r.pkl', '--ann', 'no.json'], 'annotation file no.json does not exist'),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cow'], "class 'cow' is not among the categories of gt.json"),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cat'], 'labels reach from 0 to 1, but the data set has 1'),
+    (['evil.pkl', '--ann', 'gt.json'], 'it holds builtins.print, which could run code'),
     (['boxes.pkl', '--ann', 'gt.json', '--eval', 'segm'], "metric 'segm' needs masks"),
 ])
 def test_bad_input_is_an_error_of_one_line(saved, arguments, message, monkeypatch, capsys):
@@ -86,6 +87,7 @@ def test_bad_input_is_an_error_of_one_line(saved, arguments, message, monkeypatc
     results = pickle.loads(Path('r.pkl').read_bytes())
     boxes = [{key: value for key, value in result.items() if key != 'masks'} for result in results]
     Path('boxes.pkl').write_bytes(pickle.dumps(boxes))
+    Path('evil.pkl').write_bytes(pickle.dumps(print))
     Path('old.pkl').write_bytes(pickle.dumps([([], [])]))
     monkeypatch.setattr(sys, 'argv', [str(TOOL), *arguments])
     with pytest.raises(SystemExit, match='^1$'):

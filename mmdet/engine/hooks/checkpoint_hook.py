@@ -5,7 +5,7 @@ from typing import Any
 
 import mmengine.hooks
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from mmdet.checkpoint import write_text
 from mmdet.engine.hooks.training_hooks import broadcast_buffers
@@ -16,12 +16,23 @@ from mmdet.registry import HOOKS
 class CheckpointHook(mmengine.hooks.CheckpointHook):
     """mmengine's, but an old checkpoint is removed only when the new one is whole on disk.
 
-    All processes go on with the buffers of the first, which are those in the file.
+    All processes go on with the buffers of the first, which are those in the file. ``meta['batches']`` of one
+    that is written within an epoch (``by_epoch=False``) says how many of its batches are done.
     """
+
+    batches = 0
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        self.batches = batch_idx + 1
+        super().after_train_iter(runner, batch_idx, *args, **kwargs)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         broadcast_buffers(runner.model)
+        if not self.by_epoch and isinstance(runner.train_loop, EpochBasedTrainLoop):
+            epochs, batches = divmod(self.batches, len(runner.train_dataloader))
+            meta = meta | dict(epoch=meta['epoch'] + epochs, batches=batches)
         folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
+        folder.mkdir(parents=True, exist_ok=True)
         outdated = []
         if self.max_keep_ckpts > 0:
             steps = [kept for kept in self.keep_ckpt_ids if kept != step] + [step]

@@ -1,9 +1,11 @@
 """Pictures of the predictions."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -18,7 +20,8 @@ class DrawHook(Hook):
     """Draw on each image what testing finds.
 
     Args:
-        out_dir: folder of the pictures; they have the names (and sub-folders) of their images.
+        out_dir: folder of the pictures; they have the names (and sub-folders) of their images, with ``.jpg``
+            behind those that name no format that OpenCV writes.
         score_thr: objects with a lower score are left out.
     """
 
@@ -31,7 +34,7 @@ class DrawHook(Hook):
         """Write one picture an image.
 
         Raises:
-            ValueError: a picture cannot be written.
+            ValueError: a picture cannot be written, or would take the place of its image.
         """
         dataset = runner.test_dataloader.dataset
         for prediction in map(finished, outputs or []):
@@ -39,5 +42,15 @@ class DrawHook(Hook):
             image = LoadImageFromFile().transform(dict(img_path=str(source)))['img']
             picture = draw_detections(image, prediction, dataset.metainfo['classes'], self.score_thr,
                                       dataset.metainfo['palette'])
-            inside = source.is_relative_to(folder := dataset.data_prefix['img'])
-            write_image(self.out_dir / (source.relative_to(folder) if inside else source.name), picture)
+            write_image(self._target(source, dataset), picture)
+
+    def _target(self, source: Path, dataset: Any) -> Path:
+        source = Path(os.path.normpath(source))
+        folder = os.path.normpath(getattr(dataset, 'data_prefix', {}).get('img') or '.')
+        target = self.out_dir / (source.relative_to(folder) if source.is_relative_to(folder) else source.name)
+        if not cv2.haveImageWriter(str(target)):
+            target = target.with_name(f'{target.name}.jpg')
+        if target.resolve() == source.resolve():
+            raise ValueError(f'--show_dir {self.out_dir}: its picture would replace the image {target}: '
+                             'give another folder')
+        return target

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from mmengine import dist
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,7 +28,7 @@ class PreciseBNHook(Hook):
         interval: epochs from one time to the next; the last epoch counts always.
 
     Raises:
-        ValueError: a number is not positive, or training is not by epochs.
+        ValueError: a number is not positive, training is not by epochs, or EMAHook averages the weights.
     """
 
     def __init__(self, num_iters: int = 200, interval: int = 1) -> None:
@@ -42,6 +42,9 @@ class PreciseBNHook(Hook):
         if not isinstance(runner.train_loop, EpochBasedTrainLoop):
             raise ValueError('PreciseBNHook works at the end of epochs: use '
                              "train_cfg.type='EpochBasedTrainLoop', or remove it from custom_hooks")
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise ValueError('PreciseBNHook takes the statistics of the trained weights, and EMAHook has '
+                             'their average evaluated: remove one of them from custom_hooks')
 
     def after_train_epoch(self, runner: Runner) -> None:
         if not (self.every_n_epochs(runner, self.interval) or self.is_last_train_epoch(runner)):

@@ -1,13 +1,15 @@
 """The hooks that every run has: classes, random numbers, losses, buffers, batch size."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine import dist
+from mmengine.dataset import ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmdet.registry import HOOKS
@@ -15,7 +17,8 @@ from mmdet.registry import HOOKS
 
 @HOOKS.register_module()
 class ClassesHook(Hook):
-    """Refuse a model whose heads have another number of classes than the data set.
+    """Refuse a model whose heads have another number of classes than the data set, and a validation with
+    other classes than the training's.
 
     Raises:
         ValueError: before the first batch.
@@ -25,18 +28,26 @@ class ClassesHook(Hook):
         self._check(runner, runner.train_dataloader)
         if runner.val_loop is not None:
             self._check(runner, runner.val_dataloader)
+            trained, validated = (getattr(loader.dataset, 'metainfo', {}).get('classes', ())
+                                  for loader in (runner.train_dataloader, runner.val_dataloader))
+            for a, b in zip(trained, validated):
+                if a != b:
+                    raise ValueError(f'the class {b!r} of val_dataloader.dataset.metainfo.classes is where '
+                                     f'train_dataloader has {a!r}: give both the same names in one order')
 
     def before_test(self, runner: Runner) -> None:
         self._check(runner, runner.test_dataloader)
 
     @staticmethod
     def _check(runner: Runner, loader: Any) -> None:
-        classes = getattr(loader.dataset, 'metainfo', {}).get('classes', ())
+        metainfo = getattr(loader.dataset, 'metainfo', {})
+        classes = metainfo.get('classes', ())
+        source = getattr(loader.dataset, 'ann_file', None) or metainfo.get('ann_file', 'the data set')
         for name, module in runner.bare_model.named_modules():
             number = getattr(module, 'num_classes', len(classes))
             if classes and number != len(classes):
                 raise ValueError(
-                    f'model.{name}.num_classes is {number}, but {loader.dataset.ann_file} is read with '
+                    f'model.{name}.num_classes is {number}, but {source} is read with '
                     f'{len(classes)} classes: set num_classes of every head to {len(classes)}, or '
                     'metainfo.classes of the data set')
 
@@ -46,17 +57,19 @@ class EpochSeedHook(Hook):
     """Seed all random numbers by (seed, epoch, rank) where an epoch starts.
 
     The data set draws its augmentation from (seed, epoch, index of the image), see CocoDataset. A resumed
-    training then draws what an uninterrupted one draws, with no random state to save.
+    training then draws what an uninterrupted one draws, with no random state to save. Where training is by
+    iteration, whose passes over the data nobody counts, augmentation draws from each worker's numbers.
     """
 
     priority = 'VERY_HIGH'
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._seed(runner)
-        dataset = runner.train_dataloader.dataset
-        if hasattr(dataset, 'set_epoch'):
-            dataset.set_seed(runner.seed)
-            dataset.set_epoch(runner.epoch)
+        by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        for dataset in without_wrappers(runner.train_dataloader.dataset):
+            if hasattr(dataset, 'set_epoch'):
+                dataset.set_seed(runner.seed)
+                dataset.set_epoch(runner.epoch if by_epoch else None)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         # Once more after the loader's start, which draws a number only if its workers are new.
@@ -69,6 +82,17 @@ class EpochSeedHook(Hook):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+
+
+def without_wrappers(dataset: Any) -> Iterator[Any]:
+    """The data sets inside mmengine's ConcatDataset, RepeatDataset and ClassBalancedDataset."""
+    if isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from without_wrappers(part)
+    elif isinstance(dataset, (RepeatDataset, ClassBalancedDataset)):
+        yield from without_wrappers(dataset.dataset)
+    else:
+        yield dataset
 
 
 @HOOKS.register_module()

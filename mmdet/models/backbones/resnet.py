@@ -163,6 +163,21 @@ ARCHITECTURES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, i
 }
 
 
+def _checked_stages(name: str, part: Any, stages: Sequence[Any] | None) -> Sequence[Any]:
+    """``stages``, or four times False for None; a ValueError where part and stages do not go together."""
+    if stages is None:
+        if part is not None:
+            raise ValueError(f'backbone.{name} is given without backbone.stage_with_{name}: set that too, '
+                             'such as (False, True, True, True) for c3 .. c5')
+        return (False,) * 4
+    if len(stages) != 4:
+        raise ValueError(f'backbone.stage_with_{name}={stages}: give four values, for c2 .. c5')
+    if any(stages) and part is None:
+        raise ValueError(
+            f'backbone.stage_with_{name}={stages} asks for what backbone.{name}=None lacks; set both')
+    return stages
+
+
 @MODELS.register_module(name=['ResNet', 'ResNeXt'])
 class ResNet(nn.Module):
     """ResNet of depth 18, 34, 50, 101 or 152; ResNeXt with ``groups`` (32x4d: groups 32, base_width 4).
@@ -196,9 +211,9 @@ class ResNet(nn.Module):
         norm_eval: bool = True,
         frozen_stages: int = -1,
         gcb: ContextBlockConfig | None = None,
-        stage_with_gcb: Sequence[bool | Sequence[int]] = (False, False, False, False),
+        stage_with_gcb: Sequence[bool | Sequence[int]] | None = None,
         dcn: DeformConvConfig | None = None,
-        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        stage_with_dcn: Sequence[bool] | None = None,
         groups: int = 1,
         base_width: int = 64,
         out_indices: Sequence[int] = (0, 1, 2, 3),
@@ -210,12 +225,10 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in ARCHITECTURES:
             raise ValueError(f'backbone.depth={depth}: ResNet has the depths {list(ARCHITECTURES)}')
-        for name, stages, part in (('gcb', stage_with_gcb, gcb), ('dcn', stage_with_dcn, dcn)):
-            if len(stages) != 4:
-                raise ValueError(f'backbone.stage_with_{name}={stages}: give four values, for c2 .. c5')
-            if any(stages) and part is None:
-                raise ValueError(
-                    f'backbone.stage_with_{name}={stages} asks for what backbone.{name}=None lacks; set both')
+        gcb_stages = _checked_stages('gcb', gcb, stage_with_gcb)
+        dcn_stages = _checked_stages('dcn', dcn, stage_with_dcn)
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f'backbone.frozen_stages={frozen_stages}: from -1 (none) to 4 (c5)')
         norm_cfg = norm_cfg or NormConfig(type='BN')
         block, num_blocks = ARCHITECTURES[depth]
         if block is BasicBlock and (groups > 1 or dcn or style == 'caffe'):
@@ -237,11 +250,14 @@ class ResNet(nn.Module):
             blocks: list[nn.Module] = []
             for j in range(num_blocks[i]):
                 stride = 2 if i > 0 and j == 0 else 1
-                chosen = stage_with_gcb[i]
+                chosen = gcb_stages[i]
                 if not isinstance(chosen, bool):
+                    if wrong := [k for k in chosen if not -num_blocks[i] <= k < num_blocks[i]]:
+                        raise ValueError(f'backbone.stage_with_gcb names block {wrong[0]} of c{i + 2}, '
+                                         f'which has {num_blocks[i]}')
                     chosen = j in chosen or j - num_blocks[i] in chosen
                 stage_gcb = gcb if chosen else None
-                stage_dcn = dcn if stage_with_dcn[i] else None
+                stage_dcn = dcn if dcn_stages[i] else None
                 if block is Bottleneck:
                     blocks.append(Bottleneck(
                         channels, planes, stride, norm_cfg, stage_gcb, style, groups, base_width, stage_dcn))

@@ -116,3 +116,9 @@ def test_the_config_checker_knows_it(toy_config: Callable) -> None:
     with pytest.raises(ConfigError, match=r"custom_hooks\[0\].num_iter: unknown argument of PreciseBNHook; "
                        "did you mean 'num_iters'?"):
         toy_config(custom_hooks=[dict(type='PreciseBNHook', num_iter=5)])
+
+
+def test_averaged_weights_are_refused(toy_runner) -> None:
+    hooks = [dict(type='PreciseBNHook'), dict(type='EMAHook')]
+    with pytest.raises(ValueError, match='takes the statistics of the trained weights, and EMAHook'):
+        toy_runner(custom_hooks=hooks).train()

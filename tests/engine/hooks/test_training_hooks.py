@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from mmdet.datasets.coco import CocoDataset
@@ -14,7 +16,8 @@ from mmdet.models.layers.norm import SyncBatchNorm
 
 def draws(seed: int, epoch: int, rank: int) -> tuple[float, float, float]:
     plain = SimpleNamespace(dataset=object())  # a data set that draws nothing
-    hook, runner = EpochSeedHook(), SimpleNamespace(seed=seed, epoch=epoch, rank=rank, train_dataloader=plain)
+    hook, runner = EpochSeedHook(), SimpleNamespace(seed=seed, epoch=epoch, rank=rank, train_dataloader=plain,
+                                              train_loop=None)
     hook.before_train_epoch(runner)
     torch.rand(1)  # what a loader draws when its workers start
     hook.before_train_iter(runner, batch_idx=0)
@@ -35,7 +38,8 @@ def test_augmentation_is_drawn_anew_each_epoch() -> None:
     dataset = CocoDataset('none.json', lazy_init=True)
     dataset.get_data_info = lambda idx: dict(sample_idx=idx)
     dataset.pipeline = lambda results: results['rng'].random()
-    runner = SimpleNamespace(seed=3, epoch=0, rank=1, train_dataloader=SimpleNamespace(dataset=dataset))
+    runner = SimpleNamespace(seed=3, epoch=0, rank=1, train_loop=None,
+                             train_dataloader=SimpleNamespace(dataset=dataset))
     for runner.epoch in (0, 1):
         EpochSeedHook().before_train_epoch(runner)
         assert dataset.prepare_data(5) == np.random.default_rng((3, runner.epoch, 5)).random()
@@ -96,3 +100,33 @@ def test_few_images_for_batch_norm(caplog: pytest.LogCaptureFixture, norm: type[
     assert len(said) == (number is not None)
     if said:
         assert said[0].startswith(f'Trained batch norm (layers: 2, first: 1.0) has statistics of {number} im')
+
+
+def test_augmentation_in_wrapped_data_sets_and_by_iteration() -> None:
+    parts = []
+    for _ in range(2):
+        parts.append(CocoDataset('none.json', lazy_init=True))
+        parts[-1].get_data_info = lambda idx: dict(sample_idx=idx)
+        parts[-1].pipeline = lambda results: results['rng'].random()
+    runner = SimpleNamespace(seed=3, rank=0, train_loop=None, train_dataloader=SimpleNamespace())
+    for runner.epoch, wrapped in enumerate([
+            ConcatDataset(parts, lazy_init=True), RepeatDataset(parts[0], 2, lazy_init=True)]):
+        runner.train_dataloader.dataset = wrapped
+        EpochSeedHook().before_train_epoch(runner)
+        assert parts[0].prepare_data(5) == np.random.default_rng((3, runner.epoch, 5)).random()
+    assert parts[1].prepare_data(5) == np.random.default_rng((3, 0, 5)).random()
+
+    runner.train_loop = object.__new__(IterBasedTrainLoop)
+    drawn = []
+    for _ in range(2):
+        EpochSeedHook().before_train_epoch(runner)
+        drawn.append([parts[0].prepare_data(5) for _ in range(3)])  # one image in three passes
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
+
+
+def test_a_validation_with_classes_in_another_order_is_refused() -> None:
+    train, val = (SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=classes)))
+                  for classes in (('a', 'b'), ('b', 'a')))
+    runner = SimpleNamespace(bare_model=nn.Identity(), val_loop=1, train_dataloader=train, val_dataloader=val)
+    with pytest.raises(ValueError, match="class 'b' of val_dataloader.dataset.metainfo.classes is where"):
+        ClassesHook().before_train(runner)
