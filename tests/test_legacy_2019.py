@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compare_reference import compare
+from mmengine.config import ConfigDict
 from mmengine.optim import LinearLR
 from pycocotools import mask as coco_mask
 from torch import Tensor
@@ -31,7 +32,7 @@ from mmdet.models.losses import CrossEntropyLoss, SmoothL1Loss
 from mmdet.models.roi_heads.roi_extractor import SingleRoIExtractor
 from mmdet.models.task_modules.assigner import BACKGROUND, IGNORED, MaxIoUAssigner
 from mmdet.ops import batched_nms, nms, roi_align
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures.boxes import box_iof, box_iou
 from mmdet.structures.data_sample import DataSample
 from mmdet.structures.masks import crop_masks
@@ -250,7 +251,25 @@ def test_the_config_is_left_alone_and_the_new_one_checks() -> None:
         assert cfg.pretty_text == before
         assert changed.model.rpn_head.anchor_generator.type == 'AnchorGenerator2019'
         assert changed.train_dataloader.dataset.pipeline[2].type == 'Resize2019'
+        assert changed.test_dataloader.dataset.pipeline[1].type == 'Resize2019'
         assert changed.optim_wrapper.clip_grad == dict(max_norm=35, norm_type=2)
+
+
+def test_multi_scale_training_in_a_wrapped_data_set() -> None:
+    cfg = load_config(GCNET / 'mask_rcnn_r50_fpn_1x.py')
+    dataset = cfg.train_dataloader.dataset
+    dataset.pipeline[2] = ConfigDict(type='RandomChoiceResize', scales=[(1333, 640), (1333, 800)])
+    cfg.train_dataloader.dataset = ConfigDict(type='RepeatDataset', times=2, dataset=dataset)
+    changed = legacy_2019(cfg).train_dataloader.dataset.dataset.pipeline[2]
+    resize, seen = TRANSFORMS.build(changed), set()
+    for seed in range(8):
+        boxes = np.array([[3, 5, 20, 31]], np.float32)
+        results = dict(img=np.zeros((48, 64, 3), np.uint8), img_shape=(48, 64), boxes=boxes)
+        found = resize.transform(results | dict(rng=np.random.default_rng(seed)))
+        seen.add(found['img_shape'][0])
+        expected = Resize2019((1333, found['img_shape'][0])).transform(dict(results))
+        np.testing.assert_array_equal(found['boxes'], expected['boxes'])
+    assert seen == {640, 800}
 
 
 @pytest.mark.parametrize('config, golden', [

@@ -1,6 +1,7 @@
 """What the command-line tools share: flags, several processes, errors."""
 
 import argparse
+import ctypes
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ import mmdet
 from mmdet.utils.config import CfgOptions
 from mmdet.utils.env import threads_per_process
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that comes when the parent ends
 # Errors that tell the user all there is to know, if it is our code that raises them.
 _EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
@@ -62,13 +64,23 @@ def join_processes(args: argparse.Namespace, argv: Sequence[str]) -> str | None:
         _slurm_environment()
         return 'pytorch'
     if args.launcher == 'pytorch' or {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} <= os.environ.keys():
+        if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
+            # Else a killed launcher would leave its processes, which write where the next ones do.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         return 'pytorch'
     if args.gpus < 1:
         raise ValueError(f'--gpus {args.gpus}: at least one process is needed')
-    if args.gpus == 1 and int(os.environ.get('NNODES', 1)) == 1:
+    if args.gpus == 1 and _machines() == 1:
         return 'none'
     _start_processes(args.gpus, argv)
     return None
+
+
+def _machines() -> int:
+    number = os.environ.get('NNODES', '1')
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f'NNODES={number}: the number of machines is needed')
+    return int(number)
 
 
 def _start_processes(count: int, argv: Sequence[str]) -> None:
@@ -89,8 +101,8 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
     env = os.environ
     # Port 0 is any free one.
     options = ['--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--local_addr=127.0.0.1']
-    if 'MASTER_PORT' in env or int(env.get('NNODES', 1)) > 1:
-        options = [f'--nnodes={env.get("NNODES", 1)}', f'--node_rank={env.get("NODE_RANK", 0)}',
+    if 'MASTER_PORT' in env or _machines() > 1:
+        options = [f'--nnodes={_machines()}', f'--node_rank={env.get("NODE_RANK", 0)}',
                    f'--master_addr={env.get("MASTER_ADDR", "127.0.0.1")}',
                    f'--master_port={env.get("MASTER_PORT", 29500)}']
     config, command, arguments = run.config_from_args(
@@ -106,6 +118,8 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
             print(f'error: process {rank} was ended by signal {-failure.exitcode}'
                   + (' (out of memory?)' if failure.exitcode == -9 else ''), file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except torch.distributed.DistNetworkError as error:
+        raise OSError(f'{" ".join(options)}: {str(error).splitlines()[0]}') from error
     except SignalException as stopped:
         raise KeyboardInterrupt from stopped
 
@@ -136,18 +150,17 @@ def run_tool(main: Callable[[Sequence[str]], None], interrupted: str = 'interrup
     status = 0
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # else the process that started this one speaks
-            print(f'\n{interrupted}', file=sys.stderr)
-        status = 130
-    except Exception as error:
-        if _first_to_fail():
+    except (KeyboardInterrupt, Exception) as error:
+        if was_interrupted := _comes_from_interrupt(error):
+            if 'TORCHELASTIC_RUN_ID' not in os.environ:  # else the process that started this one speaks
+                print(f'\n{interrupted}', file=sys.stderr)
+        elif _first_to_fail():
             line = expected_error(error)
             if line is None:
                 traceback.print_exc()
             else:
                 print(f'error: {line}', file=sys.stderr)
-        status = 1
+        status = 130 if was_interrupted else 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -156,6 +169,13 @@ def run_tool(main: Callable[[Sequence[str]], None], interrupted: str = 'interrup
             os._exit(status)  # an orderly end would wait for the other processes, or abort with noise
         torch.distributed.destroy_process_group()
     sys.exit(status)
+
+
+def _comes_from_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what a library that catches everything has made of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _first_to_fail() -> bool:

@@ -32,7 +32,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmdet.registry
-from mmdet.utils.config_schema import RUNNER_KEYS, Built
+from mmdet.utils.config_schema import RUNNER_KEYS, Built, too_small
 
 
 class ConfigError(ValueError):
@@ -91,7 +91,7 @@ def find_problems(cfg: Config | Mapping[str, Any], helpers: Collection[str]) -> 
             problems += _check(value, RUNNER_KEYS[key], key, scope)
         elif key not in helpers and (near := closest(key, RUNNER_KEYS, 0.8)):
             problems.append(f'{key}: unknown top-level key; did you mean {near!r}?')
-    return problems
+    return [*problems, *too_small(cfg)]
 
 
 def report(problems: Iterable[str], filename: str) -> None:

@@ -1,6 +1,6 @@
 """The known top-level keys of a config and what each may hold, as type hints for ``check_config``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Required, TypedDict
 
@@ -192,6 +192,37 @@ RUNNER_KEYS: dict[str, Any] = {
     'sync_bn': Literal['torch', 'mmcv'] | None,
     'find_unused_parameters': bool,
     'compile': bool | dict[str, Any],
-    'activation_checkpointing': None,  # mmengine's loses gradients; model.backbone.with_cp does not
+    'activation_checkpointing': type(None),  # mmengine's loses gradients; model.backbone.with_cp does not
     'efficient_conv_bn_eval': str | list[str] | None,
 }
+
+# Least values of numbers, whole ones where the least is, that libraries take unseen and fail on later.
+_LEAST: dict[str, int | float] = {
+    'optim_wrapper.optimizer.lr': 0.0,
+    'optim_wrapper.optimizer.momentum': 0.0,
+    'optim_wrapper.optimizer.weight_decay': 0.0,
+    'optim_wrapper.accumulative_counts': 1,
+    'train_cfg.max_epochs': 1,
+    'train_cfg.max_iters': 1,
+    'train_cfg.val_interval': 1,
+    'auto_scale_lr.base_batch_size': 1,
+    'default_hooks.logger.interval': 1,
+    'model.data_preprocessor.pad_size_divisor': 1,
+    **{f'{name}_dataloader.batch_size': 1 for name in ('train', 'val', 'test')},
+    **{f'{name}_dataloader.num_workers': 0 for name in ('train', 'val', 'test')},
+}
+
+
+def too_small(cfg: Any) -> Iterator[str]:
+    """The numbers of a config that cannot be, each 'path of the key: what is wrong'."""
+    for path, least in _LEAST.items():
+        *parents, key = path.split('.')
+        part = cfg
+        for name in parents:
+            part = part.get(name) if hasattr(part, 'get') else None
+        if not isinstance(part, Mapping) or key not in part:
+            continue
+        value, kind = part[key], 'a whole number' if isinstance(least, int) else 'a number'
+        types = (int,) if isinstance(least, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, types) or not value >= least:
+            yield f'{path}: expected {kind} from {least:g} on, got {value!r}'

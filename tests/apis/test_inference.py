@@ -103,3 +103,17 @@ def test_what_is_no_image_is_an_error(model, images, error, message):
 def test_a_missing_checkpoint_is_an_error():
     with pytest.raises(FileNotFoundError, match='absent.pth does not exist'):
         init_detector(CONFIG, 'absent.pth', cfg_options=OPTIONS)
+
+
+def test_a_checkpoint_of_2019_has_the_numerics_of_2019(model, tmp_path):
+    save_checkpoint(dict(state_dict=model.state_dict(), meta=dict(legacy_2019=True)), tmp_path / 'e.pth')
+    old = init_detector(CONFIG, tmp_path / 'e.pth', cfg_options=OPTIONS)
+    assert type(old.rpn_head.anchor_generator).__name__ == 'AnchorGenerator2019'
+    assert old.cfg.test_dataloader.dataset.pipeline[1].type == 'Resize2019'
+    again = init_detector(old.cfg, tmp_path / 'e.pth')  # as a training with these numerics leaves its config
+    assert type(again.roi_head.mask_head).__name__ == 'FCNMaskHead2019'
+
+
+def test_a_mirrored_array_is_an_image(model, image):
+    backwards = inference_detector(model, image[:, ::-1])
+    assert torch.equal(backwards['boxes'], inference_detector(model, image[:, ::-1].copy())['boxes'])

@@ -36,6 +36,11 @@ def load(path: Path, **expected: int) -> dict[str, Any]:
     return T.LoadImageFromFile().transform(dict(img_path=str(path), **expected))
 
 
+def test_a_sliver_keeps_a_pixel():
+    results = dict(img=np.zeros((2, 4000, 3), np.uint8), img_shape=(2, 4000))
+    assert T.Resize((300, 300), keep_ratio=True).transform(results)['img'].shape == (1, 300, 3)
+
+
 def test_the_registry_gives_our_transforms():
     for config in PIPELINE:
         assert type(TRANSFORMS.build(config)).__module__ == 'mmdet.datasets.transforms'

@@ -108,8 +108,15 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     def stop(argv: object) -> None:
         raise KeyboardInterrupt
 
-    assert status_of(stop, monkeypatch) == 130
-    assert capsys.readouterr().err == '\ninterrupted\n'
+    def reformat(argv: object) -> None:  # as mmengine does while it formats a config
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise SyntaxError('Failed to format the config file') from error
+
+    for main in (stop, reformat):
+        assert status_of(main, monkeypatch) == 130
+        assert capsys.readouterr().err == '\ninterrupted\n'
 
 
 def test_of_several_processes_the_first_to_fail_speaks(

@@ -64,8 +64,9 @@ class ToyMetric(BaseMetric):
 
     default_prefix = 'toy'
 
-    def __init__(self, metric=(), out=None, outfile_prefix=None, eval_backend='hotcoco') -> None:
-        super().__init__()
+    def __init__(self, metric=(), out=None, outfile_prefix=None, eval_backend='hotcoco',
+                 prefix=None) -> None:
+        super().__init__(prefix=prefix)
         self.out = out
 
     def process(self, data_batch, data_samples) -> None:

@@ -44,6 +44,18 @@ def test_half_precision_comes_near(run_toy, checkpoint: Path, tmp_path: Path) ->
     torch.testing.assert_close(single, half, rtol=0.05, atol=0.02)
 
 
+def test_several_metrics_and_averaged_weights(run_toy, checkpoint: Path, tmp_path: Path) -> None:
+    """The flags are for the first metric, and a config may have the hook that averaged the weights."""
+    plain = run_toy('tools/test.py', TOY, checkpoint, '--out', 'plain.pkl', **ON_CPU)
+    config = tmp_path / 'list.py'
+    config.write_text(f"_base_ = '{TOY}'\ncustom_hooks = [dict(type='EMAHook')]\n"
+                      "test_evaluator = [dict(type='ToyMetric'), dict(type='ToyMetric', prefix='second')]\n")
+    done = run_toy('tools/test.py', config, checkpoint, '--out', 'r.pkl', **ON_CPU)
+    assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
+    assert 'toy/mean: ' in done.stdout and 'second/mean: ' in done.stdout
+    assert (tmp_path / 'r.pkl').read_bytes() == (tmp_path / 'plain.pkl').read_bytes()
+
+
 def test_folded_batch_norms_give_the_same_up_to_rounding(run_toy, checkpoint: Path, tmp_path: Path) -> None:
     found = []
     for flags in ([], ['--fuse-conv-bn']):

@@ -289,3 +289,17 @@ def test_options_are_checked(option: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(R50, dict([option.split('=')]))
     assert str(error.value) == f'{R50}: {expected}'
+
+
+@pytest.mark.parametrize('key, value, expected', [
+    ('optim_wrapper.optimizer.lr', 'abc', "optimizer.lr: expected a number from 0 on, got 'abc'"),
+    ('optim_wrapper.optimizer.lr', None, 'optim_wrapper.optimizer.lr: expected a number from 0 on, got None'),
+    ('optim_wrapper.accumulative_counts', 1.5, 'counts: expected a whole number from 1 on, got 1.5'),
+    ('train_cfg.max_epochs', 0, 'train_cfg.max_epochs: expected a whole number from 1 on, got 0'),
+    ('val_dataloader.batch_size', 0, 'val_dataloader.batch_size: expected a whole number from 1 on, got 0'),
+    ('test_dataloader.num_workers', -1, 'num_workers: expected a whole number from 0 on, got -1'),
+    ('activation_checkpointing', 'backbone', "activation_checkpointing: expected None, got 'backbone'")])
+def test_numbers_have_a_least_value(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(R50, {key: value})
+    assert expected in str(error.value)

@@ -123,7 +123,11 @@ def test_initial_weights() -> None:
 @pytest.mark.parametrize('options, message', [
     (dict(depth=51), r'backbone.depth=51: ResNet has the depths \[18, 34, 50, 101, 152\]'),
     (dict(depth=18, gcb=dict(ratio=1 / 4), stage_with_gcb=(True,)), 'give four values, for c2 .. c5'),
-    (dict(depth=18, stage_with_gcb=(False, True, True, True)), 'backbone.gcb=None lacks; set both')])
+    (dict(depth=18, stage_with_gcb=(False, True, True, True)), 'backbone.gcb=None lacks; set both'),
+    (dict(depth=18, gcb=dict(ratio=1 / 4)), 'backbone.gcb is given without backbone.stage_with_gcb'),
+    (dict(depth=50, dcn=dict(type='DCN')), 'backbone.dcn is given without backbone.stage_with_dcn'),
+    (dict(depth=18, gcb={}, stage_with_gcb=(False, (1, 2), False, False)), 'block 2 of c3, which has 2'),
+    (dict(depth=18, frozen_stages=5), 'backbone.frozen_stages=5: from -1')])
 def test_bad_arguments(options: dict, message: str) -> None:
     assert set(ARCHITECTURES) == {18, 34, 50, 101, 152}
     with pytest.raises(ValueError, match=message):
