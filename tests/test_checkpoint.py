@@ -192,6 +192,19 @@ def test_the_last_checkpoint_has_the_highest_number(tmp_path: Path) -> None:
     assert ckpt.find_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
 
 
+def test_the_last_checkpoint_is_the_one_that_is_noted(tmp_path: Path) -> None:
+    for name in ('epoch_9.pth', 'epoch_3.pth', 'elsewhere.pth'):
+        (tmp_path / name).touch()
+    note = tmp_path / 'last_checkpoint'
+    note.write_text('folder/that/moved/epoch_3.pth')
+    assert ckpt.find_checkpoint(tmp_path) == str(tmp_path / 'epoch_3.pth')
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'elsewhere.pth'))
+    assert ckpt.find_checkpoint(tmp_path / 'w') == str(tmp_path / 'elsewhere.pth')
+    note.write_text('gone.pth')
+    assert ckpt.find_checkpoint(tmp_path) == str(tmp_path / 'epoch_9.pth')
+
+
 class Backbone(torchvision.models.ResNet):
     """torchvision's ResNet-18 as a backbone: no fc, one context block."""
 

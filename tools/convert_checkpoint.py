@@ -1,6 +1,6 @@
 """Convert a checkpoint from elsewhere (2019 format, mmdetection 2.x or 3.x) to this project's format.
 
-    python tools/convert_checkpoint.py mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x_20190602-18ee7e8e.pth gc.safetensors
+    python tools/convert_checkpoint.py mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x_20190602-18ae2dfd.pth gc.safetensors
 
 Weights and meta are kept, the state of the optimizer is not. The meta of what was a file of 2019 says that it
 wants the numerics of 2019 (``legacy_2019``).

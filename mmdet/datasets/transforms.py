@@ -3,7 +3,7 @@
 Keys that they pass on in ``results``, beside those of CocoDataset: ``img`` (H, W, 3) uint8 BGR;
 ``ori_shape`` and ``img_shape`` (height, width) of the file and of ``img``; ``boxes`` (G, 4) and
 ``ignored_boxes`` (I, 4) float32 xyxy in pixels of ``img``; ``labels`` (G,) int64; ``masks``, a MaskView
-that becomes (G, H, W) uint8 at the end; ``scale_factor`` (w, h); ``flip``.
+that becomes MaskCrops at the end; ``scale_factor`` (w, h); ``flip``.
 """
 
 from collections.abc import Sequence

@@ -79,6 +79,11 @@ class DetectionRunner(Runner):
         model: Any = self.bare_model
         if self.rank == 0:
             model.init_weights()
+            backbone = getattr(model, 'backbone', None)
+            if getattr(backbone, 'pretrained', '') is None and not self._load_from and (
+                    backbone.frozen_stages >= 0 or backbone.norm_eval):
+                self.logger.warning('model.backbone.pretrained=None: frozen stages and fixed norms stay '
+                                    'at their random start; set frozen_stages=-1 and norm_eval=False')
         for value in model.state_dict().values():
             broadcast(value)
 

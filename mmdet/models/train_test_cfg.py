@@ -11,7 +11,11 @@ class NMSConfig(TypedDict):
 
 
 class RPNTrainConfig(TypedDict, total=False):
-    """Anchors more than ``allowed_border`` pixels outside the image are not used; -1 uses all."""
+    """Assignment and sampling of anchors.
+
+    Those are used that start at most, and end less than, ``allowed_border`` pixels outside the image;
+    -1: all.
+    """
 
     assigner: dict[str, Any]
     sampler: dict[str, Any]

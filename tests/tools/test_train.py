@@ -56,6 +56,8 @@ def test_no_evaluation_without_validate_and_a_default_work_dir(run_toy, tmp_path
     [
         (['toy_confg.py'], 'error: toy_confg.py: no such config file'),
         ([TOY, '--resume_from', 'no.pth'], 'error: checkpoint no.pth does not exist'),
+        ([TOY, '--resume_from', 'auto', '--cfg_options', 'load_from=a.pth'], 'error: checkpoint a.pth '),
+        ([TOY, '--seed', '-5'], 'error: the seed must be from 0 to 4294967295, not -5'),
         ([TOY, '--amp', 'fp16'], 'error: float16 training needs a GPU; on the CPU use bfloat16 (--amp bf16)'),
         (
             [TOY, '--cfg_options', 'model.nan_from=7'],
