@@ -243,7 +243,7 @@ def test_warm_up(units: dict[str, Any]) -> None:
         assert rates[int(iteration)] == pytest.approx(rate, rel=1e-9)
 
 
-def test_the_config_is_left_alone_and_the_new_one_checks() -> None:
+def test_the_config_is_left_alone_and_the_new_one_checks(tmp_path: Path) -> None:
     for path in sorted(GCNET.glob('*.py')):
         cfg = load_config(path)
         before = cfg.pretty_text
@@ -253,6 +253,8 @@ def test_the_config_is_left_alone_and_the_new_one_checks() -> None:
         assert changed.train_dataloader.dataset.pipeline[2].type == 'Resize2019'
         assert changed.test_dataloader.dataset.pipeline[1].type == 'Resize2019'
         assert changed.optim_wrapper.clip_grad == dict(max_norm=35, norm_type=2)
+        changed.dump(tmp_path / path.name)  # as a training leaves it in its folder
+        assert load_config(tmp_path / path.name).legacy_2019
 
 
 def test_multi_scale_training_in_a_wrapped_data_set() -> None:

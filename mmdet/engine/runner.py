@@ -79,7 +79,7 @@ class DetectionRunner(Runner):
         model: Any = self.bare_model
         if self.rank == 0:
             model.init_weights()
-            backbone = getattr(model, 'backbone', None)
+            backbone: Any = getattr(model, 'backbone', None)
             if getattr(backbone, 'pretrained', '') is None and not self._load_from and (
                     backbone.frozen_stages >= 0 or backbone.norm_eval):
                 self.logger.warning('model.backbone.pretrained=None: frozen stages and fixed norms stay '

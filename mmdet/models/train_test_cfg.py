@@ -1,6 +1,6 @@
 """What ``model.train_cfg`` and ``model.test_cfg`` of a two-stage detector hold."""
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 
 class NMSConfig(TypedDict):
@@ -17,9 +17,9 @@ class RPNTrainConfig(TypedDict, total=False):
     -1: all.
     """
 
-    assigner: dict[str, Any]
-    sampler: dict[str, Any]
-    allowed_border: int
+    assigner: Required[dict[str, Any]]
+    sampler: Required[dict[str, Any]]
+    allowed_border: float
 
 
 class ProposalConfig(TypedDict):
@@ -38,8 +38,8 @@ class ProposalConfig(TypedDict):
 class RCNNTrainConfig(TypedDict, total=False):
     """Assignment and sampling of proposals, and the side of mask targets in pixels."""
 
-    assigner: dict[str, Any]
-    sampler: dict[str, Any]
+    assigner: Required[dict[str, Any]]
+    sampler: Required[dict[str, Any]]
     mask_size: int
 
 
@@ -50,9 +50,9 @@ class RCNNTestConfig(TypedDict, total=False):
     stay (-1: all). From a probability of ``mask_thr_binary`` on, a pixel belongs to the mask.
     """
 
-    score_thr: float
-    nms: NMSConfig
-    max_per_img: int
+    score_thr: Required[float]
+    nms: Required[NMSConfig]
+    max_per_img: Required[int]
     mask_thr_binary: float
 
 
