@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ Step = Callable[[], Any]
 Peer = Callable[[argparse.Namespace], Step]
 """Prepares a step from the script's arguments, in a process of its own."""
 Series = dict[str, list[float]]
-"""Of each round: seconds on the clock ('wall') and of CPU time ('cpu'), the most that a GPU's memory held."""
+"""Of each round: seconds on the clock ('wall') and of the CPU, the most memory in use until then ('GB')."""
 # Read by glibc at process start: large blocks come from the heap, which is never given back.
 KEEP_MEMORY = dict(GLIBC_TUNABLES='glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4611686018427387904')
 MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
@@ -91,7 +92,9 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
         commands = {name: [*own, name] for name in args.peers} | other(args, case)
         for malloc, env in MALLOC.items() if args.device == 'cpu' else [('malloc as it is', {})]:
             timed[malloc], lines = _time_in_turns(commands, args, env, agree)
-            records += [dict(case=case, malloc=malloc, peer=name, **series)
+            base = next(iter(timed[malloc].values()))['wall']
+            records += [dict(case=case, malloc=malloc, peer=name, **series, agree=lines,
+                             times_as_fast=[a / b for a, b in zip(base, series['wall'])])
                         for name, series in timed[malloc].items()]
         print(_table(case, timed), *lines, '', sep='\n', flush=True)
     write_json(args, records)
@@ -118,6 +121,8 @@ def time_step(step: Step) -> dict[str, float]:
     measured = dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
     if torch.cuda.is_initialized():
         measured['GB on the GPU'] = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        measured['GB'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return measured
 
 

@@ -1,23 +1,21 @@
-"""COCO evaluation of 5,000 images with 100 detections each: CocoMetric as it is, and with pycocotools.
+"""COCO evaluation of images with 100 detections each: CocoMetric with pycocotools, and as it is.
 
-    python benchmarks/evaluation.py [--images 5000] [--backends hotcoco pycocotools] [--out evaluation.json]
+    python benchmarks/evaluation.py --case 5000 --rounds 1
 
-Measures what follows the network: masks to RLE; then taking up each prediction, records, COCO evaluation of
-boxes and masks, tables. Each backend runs in a process of its own on the same predictions; all 24 numbers
-must agree.
+A step is all that follows the network: masks from probabilities to RLE (ours for both), taking up each
+prediction, records, COCO evaluation of boxes and masks, tables. All 24 numbers must agree.
 """
 
+import argparse
 import json
-import multiprocessing
-import resource
-import statistics
 import tempfile
-import time
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from common import out_parser, positive, write_json
+from common import Peer, Step, common_parser, main
 from mmengine.logging import MMLogger
 
 from mmdet.evaluation import CocoMetric
@@ -27,12 +25,9 @@ from mmdet.structures.masks import paste_masks
 HEIGHT, WIDTH, CLASSES, OBJECTS, DETECTIONS = 480, 640, 80, 7, 100
 
 
-def make_images(count: int) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
-    """A COCO annotation file of elliptic objects, predictions around them, and the time of their masks."""
-    mask_seconds = 0.0
+def make_images(count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A COCO annotation file of elliptic objects, predictions around them, and ``peaks`` of their masks."""
     random = np.random.default_rng(0)
-    y, x = np.mgrid[:28, :28] / 13.5 - 1
-    ellipse = torch.from_numpy(1 / (1 + np.exp(8 * (x**2 + y**2 - 1)))).float()
     angles = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     content: dict[str, Any] = dict(
         images=[], annotations=[], categories=[dict(id=i, name=f'class {i}') for i in range(CLASSES)])
@@ -52,65 +47,45 @@ def make_images(count: int) -> tuple[dict[str, Any], list[dict[str, Any]], float
         scaled = size[chosen] * np.exp(random.normal(0, 0.1, (DETECTIONS, 2)))
         boxes = torch.from_numpy(np.concatenate([moved, moved + scaled], 1)).float()
         wrong = random.integers(0, CLASSES, DETECTIONS)
-        masks = ellipse * torch.from_numpy(random.uniform(0.6, 1, (DETECTIONS, 1, 1))).float()
-        begin = time.perf_counter()
-        rles = paste_masks(masks, boxes, (HEIGHT, WIDTH), 0.5)
-        mask_seconds += time.perf_counter() - begin
         predictions.append(dict(
             img_id=image_id, img_path='', ori_shape=(HEIGHT, WIDTH), boxes=boxes,
             scores=torch.from_numpy(random.random(DETECTIONS)).float(),
             labels=torch.from_numpy(np.where(random.random(DETECTIONS) < 0.7, labels[chosen], wrong)),
-            masks=rles))
-    return content, predictions, mask_seconds
+            peaks=torch.from_numpy(random.uniform(0.6, 1, (DETECTIONS, 1, 1))).float()))
+    return content, predictions
 
 
-def evaluate(backend: str, images: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each run, the peak of the process's memory and the numbers."""
+def prepare(args: argparse.Namespace, backend: str) -> Step:
     MMLogger.get_instance('mmengine', log_level='ERROR')
-    content, predictions, mask_seconds = make_images(images)
-    with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
-        json.dump(content, file)
-        file.flush()
-        return dict(measure(backend, file.name, predictions, repeats), mask_seconds=mask_seconds)
+    content, predictions = make_images(int(args.case))
+    y, x = np.mgrid[:28, :28] / 13.5 - 1
+    ellipse = torch.from_numpy(1 / (1 + np.exp(8 * (x**2 + y**2 - 1)))).float()
+    file = tempfile.NamedTemporaryFile('w', suffix='.json')
+    json.dump(content, file)
+    file.flush()
 
-
-def measure(backend: str, ann_file: str, predictions: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
-    seconds, numbers = [], {}
-    for _ in range(repeats):
-        metric = CocoMetric(ann_file=ann_file, eval_backend=backend)
+    def step() -> Any:
+        metric = CocoMetric(ann_file=file.name, eval_backend=backend)
         metric.dataset_meta = dict(cat_ids=range(CLASSES))
-        begin = time.perf_counter()
         for prediction in predictions:
-            metric.process(None, [prediction])
-        numbers = metric.evaluate(len(predictions))
-        seconds.append(time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return dict(seconds=seconds, peak_gb=peak, numbers=numbers)
+            masks = paste_masks(ellipse * prediction['peaks'], prediction['boxes'], (HEIGHT, WIDTH), 0.5)
+            metric.process(None, [prediction | dict(masks=masks)])
+        return metric.evaluate(len(predictions))
+    return step
 
 
-def main() -> None:
-    parser = out_parser(__doc__)
-    parser.add_argument('--images', type=positive, default=5000)
-    parser.add_argument('--repeats', type=positive, default=1)
-    parser.add_argument('--backends', nargs='+', choices=list(BACKENDS), default=list(BACKENDS))
-    args = parser.parse_args()
-    report = {}
-    for backend in args.backends:
-        with multiprocessing.get_context('spawn').Pool(1) as pool:
-            report[backend] = pool.apply(evaluate, (backend, args.images, args.repeats))
-    first = report[args.backends[0]]
-    print(f'{args.images} images, {args.images * DETECTIONS} detections: box AP '
-          f'{first["numbers"]["coco/bbox_mAP"]:.3f}, mask AP {first["numbers"]["coco/segm_mAP"]:.3f}')
-    print(f'   {"masks":>9}: {first["mask_seconds"]:7.1f} s from probabilities and boxes to COCO RLE')
-    for backend, row in report.items():
-        if row['numbers'] != first['numbers']:
-            raise RuntimeError(f'{backend} gives other numbers than {args.backends[0]}')
-        middle = statistics.median(row['seconds'])
-        print(f'{backend:>12}: {middle:7.1f} s ({min(row["seconds"]):.1f} to {max(row["seconds"]):.1f}), '
-              f'peak {row["peak_gb"]:.2f} GB, '
-              f'{middle / statistics.median(first["seconds"]):5.1f} times as long as {args.backends[0]}')
-    write_json(args, [dict(row, backend=backend) for backend, row in report.items()])
+def agree(args: argparse.Namespace, results: dict[str, Any]) -> Iterable[str]:
+    first, *others = results
+    for name in others:
+        if results[name] != results[first]:
+            raise SystemExit(f'error: {name} gives other numbers than {first}')
+    yield (f'{" and ".join(results)}: box AP {results[first]["coco/bbox_mAP"]:.3f}, '
+           f'mask AP {results[first]["coco/segm_mAP"]:.3f}, all {len(results[first])} numbers the same')
 
+
+PEERS: dict[str, Peer] = {name: partial(prepare, backend=name) for name in reversed(BACKENDS)}
 
 if __name__ == '__main__':
-    main()
+    parser = common_parser(__doc__)
+    parser.set_defaults(device='cpu')
+    main(parser, PEERS, ['5000', '1000'], agree, lambda args, case: {})

@@ -41,7 +41,8 @@ fi
 # Without instructions for it a step in bfloat16 takes minutes.
 half=$("$python" -c 'import torch; print("bfloat16" * torch.cpu._is_avx512_bf16_supported())')
 run context_block context_block
-run evaluation evaluation
+run evaluation evaluation --case 1000 --rounds 3
+run evaluation evaluation_5000 --case 5000 --rounds 1
 run loader loader --data "$data"
 run inference inference --data "$data" --peers torchvision float32 'float32, folded' 'float32, GC r4' $half \
     "${others[@]}"

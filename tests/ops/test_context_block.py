@@ -206,10 +206,11 @@ def test_bias_has_no_gradient(device):
     assert args[2].grad.tolist() == [0]
 
 
-def test_gradcheck(device):
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_gradcheck(device, layout):
+    maps = [torch.randn(2, 3, 4, 5).contiguous(memory_format=layout) for _ in range(2)]
     x, weight, bias, scale, shift, identity = (part.double().to(device).requires_grad_() for part in (
-        torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3),
-        torch.randn(2, 3, 4, 5)))
+        maps[0], torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3), maps[1]))
     torch.autograd.gradcheck(context_pool, (x, weight, bias))
     torch.autograd.gradcheck(block, (x, weight, bias, identity))
     torch.autograd.gradcheck(context_fuse, (x, scale, shift))
@@ -297,7 +298,7 @@ def test_errors(device):
 
 
 @pytest.mark.parametrize('requires_grad', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck(device, dtype, requires_grad):
     x, weight, bias, scale = (part.to(device, dtype).requires_grad_(requires_grad) for part in (
         torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(1), torch.randn(2, 3)))

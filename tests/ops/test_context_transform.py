@@ -118,7 +118,7 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize('requires_grad', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck(device, dtype, requires_grad):
     args = [arg.requires_grad_(requires_grad) for arg in arguments(2, 6, 4, device, dtype)]
     torch.library.opcheck(torch.ops.mmdet.context_transform.default, (*args, 1e-5))

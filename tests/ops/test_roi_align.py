@@ -291,7 +291,7 @@ def test_image_outside_the_batch(image):
         roi_align(torch.randn(2, 2, 8, 8), rois, 7, SCALE)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('requires_grad', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(device, dtype, requires_grad, layout):
