@@ -85,9 +85,9 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
     if args.worker:
         args.case = args.case[0]
         return serve(lambda: peers[args.worker](args), args.threads)
-    records = []
-    for case in args.case:
-        timed = {}
+    records, given = [], args.case
+    for case in given:
+        args.case, timed = case, {}
         own = [sys.executable, *sys.argv, '--case', case, '--worker']
         commands = {name: [*own, name] for name in args.peers} | other(args, case)
         for malloc, env in MALLOC.items() if args.device == 'cpu' else [('malloc as it is', {})]:
@@ -97,6 +97,7 @@ def main(parser: argparse.ArgumentParser, peers: dict[str, Peer], cases: Sequenc
                              times_as_fast=[a / b for a, b in zip(base, series['wall'])])
                         for name, series in timed[malloc].items()]
         print(_table(case, timed), *lines, '', sep='\n', flush=True)
+    args.case = given
     write_json(args, records)
 
 

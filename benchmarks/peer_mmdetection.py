@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Step, serve_other
+from common import Step, serve, serve_other
+from loader import passing
 from mmengine.config import Config
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from train_step import training_step
 
@@ -73,7 +75,20 @@ def training(model: Any, batch: dict[str, Any], autocast: torch.autocast) -> Ste
     return training_step(model, losses, dict(momentum=0.9, weight_decay=1e-4))
 
 
+def loading(data: str, batch: str, workers: str) -> Step:
+    import mmdet
+    from mmdet.utils import register_all_modules
+
+    register_all_modules()
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / CONFIG).train_dataloader
+    return passing(cfg, Runner.build_dataloader, f'{data}/', int(batch), int(workers))
+
+
 if __name__ == '__main__':
     root = Path(__file__).resolve().parents[1]
     sys.path = [path for path in sys.path if Path(path).resolve() != root]
+    if sys.argv[1] == 'loader':
+        *words, threads = sys.argv[2:]
+        serve(lambda: loading(*words), int(threads))
+        sys.exit()
     serve_other(build, dict(test=inference, train=training))

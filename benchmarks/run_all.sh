@@ -43,7 +43,7 @@ half=$("$python" -c 'import torch; print("bfloat16" * torch.cpu._is_avx512_bf16_
 run context_block context_block
 run evaluation evaluation --case 1000 --rounds 3
 run evaluation evaluation_5000 --case 5000 --rounds 1
-run loader loader --data "$data"
+run loader loader --data "$data" ${MMDETECTION:+--mmdetection "$MMDETECTION"}
 run inference inference --data "$data" --peers torchvision float32 'float32, folded' 'float32, GC r4' $half \
     "${others[@]}"
 run train_step train_step_256 --data "$data" --case 256 --peers torchvision float32 'float32, GC r4' $half \
