@@ -6,7 +6,7 @@ import difflib
 import os.path as osp
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
 
 class CfgOptions(DictAction):
     """The argparse action of ``--cfg-options a.b=c ...``: mmengine's, which says what is malformed,
-    leaves the spaces of a plain string in place and takes dicts: ``custom_hooks=[dict(type='EMAHook')]``."""
+    leaves the spaces of strings in place and takes dicts: ``custom_hooks=[dict(type='EMAHook')]``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
@@ -67,6 +67,9 @@ class CfgOptions(DictAction):
     def _parse_iterable(val: str) -> Any:
         if 'dict(' in val or '{' in val:
             return ast.literal_eval(_DictCalls().visit(ast.parse(val.strip(), mode='eval')))
+        with suppress(SyntaxError, ValueError):  # of words without quotes
+            if val[:1] in ('(', '[') and isinstance(literal := ast.literal_eval(val), list | tuple):
+                return literal
         if set(val) & set(',()[]'):
             return DictAction._parse_iterable(val)
         return DictAction._parse_int_float_bool(val.strip('\'"'))

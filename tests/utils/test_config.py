@@ -67,6 +67,13 @@ def test_dicts_in_options(text: str) -> None:
     assert load_config(R50, options).custom_hooks == [dict(type='EMAHook', momentum=0.1)]
 
 
+def test_strings_in_lists_keep_their_spaces() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
+    options = parser.parse_args(['--cfg-options', "a=('hair drier','x, y')", 'b=[c,2]', 'd=(1)', 'e=1,2'])
+    assert options.cfg_options == dict(a=('hair drier', 'x, y'), b=['c', 2], d=(1,), e=[1, 2])
+
+
 @pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', '[dict(a)]', '[dict(**{})]', '{1', 'dict(a=f())'])
 def test_malformed_dicts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
