@@ -6,11 +6,14 @@ Several processes: ``--gpus N``, or tools/dist_train.sh.
 """
 
 import argparse
+import os
 import os.path as osp
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
@@ -54,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     set_evaluation(cfg, args.validate)
     set_precision(cfg, args.amp)
     if args.compile:
+        check_compiler()
         cfg.compile = True
 
     runner = DetectionRunner.from_cfg(cfg)
@@ -69,6 +73,17 @@ def main(argv: Sequence[str]) -> None:
     runner.logger.info(f'log: {osp.join(runner.log_dir, runner.timestamp)}.log, numbers as JSON lines: '
                        f'{osp.join(runner.log_dir, "vis_data", "scalars.json")}')
     runner.train()
+
+
+def check_compiler() -> None:
+    """
+    Raises:
+        FileNotFoundError: torch.compile would find no compiler on the first batch.
+    """
+    compiler = os.environ.get('CXX', 'g++')
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise FileNotFoundError(f'--compile needs a C++ compiler, and there is no {compiler}: install one, '
+                                'or name it with CXX=...')
 
 
 def set_evaluation(cfg: Config, interval: int) -> None:

@@ -40,3 +40,9 @@ class AmpOptimWrapper(mmengine.optim.AmpOptimWrapper):
         scale: dict[str, Any] = {} if loss_scale == 'dynamic' else dict(init_scale=float(loss_scale))
         self.loss_scaler = torch.amp.GradScaler(device, enabled=dtype == 'float16', **scale)
         self._scale_update_param = None if loss_scale == 'dynamic' else float(loss_scale)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As mmengine's, but of a training without a scaler: this one's stays as it starts."""
+        if not state_dict.get('loss_scaler'):
+            state_dict.pop('loss_scaler', None)
+        super().load_state_dict(state_dict)

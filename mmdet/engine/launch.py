@@ -197,6 +197,8 @@ def expected_error(error: BaseException) -> str | None:
     # mmengine's registry raises anew what a constructor raised, with words of its own before it.
     while str(error).startswith('class `') and error.__context__ is not None:
         error = error.__context__
+    if isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker (pid'):
+        return f'{str(error).splitlines()[0]} (out of memory? give a smaller train_dataloader.num_workers)'
     if not isinstance(error, _EXPECTED):
         return None
     worker = re.match(r'Caught \w+ in DataLoader worker', str(error))

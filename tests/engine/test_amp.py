@@ -55,6 +55,15 @@ def test_bfloat16_computes_in_half_and_steps_in_float32(device: torch.device) ->
     assert not torch.equal(layer.weight, weight)
 
 
+def test_a_training_in_bfloat16_goes_on_in_float16() -> None:
+    _, wrapper = build('cpu', dtype='bfloat16')
+    state = wrapper.state_dict()
+    assert state['loss_scaler'] == {}
+    wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=8.0)  # of float16, which needs a GPU
+    wrapper.load_state_dict(state)
+    assert wrapper.loss_scaler.get_scale() == 8.0
+
+
 @pytest.mark.cuda
 def test_float16_scales_the_loss() -> None:
     _, wrapper = build('cuda')

@@ -145,3 +145,5 @@ def test_what_the_registry_and_the_loader_wrap_is_unwrapped() -> None:
         'recent call last):\n  File "x.py", line 1\nFileNotFoundError: a/b.jpg does not exist: x\n'
     )
     assert launch.expected_error(worker) == 'a/b.jpg does not exist: x'
+    killed = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. \nmore')
+    assert (launch.expected_error(killed) or '').startswith('DataLoader worker (pid 7) is killed by')

@@ -76,6 +76,12 @@ def test_errors_are_one_line(run_toy, arguments: list, message: str) -> None:
     assert 'Traceback' not in done.stdout
 
 
+def test_compiling_without_a_compiler_is_one_line(run_toy) -> None:
+    done = run_toy('tools/train.py', TOY, '--compile', CXX='no-such-compiler', **ON_CPU)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: --compile needs a C++ compiler, and there is no no-such-compiler')
+
+
 def test_an_error_of_several_processes_is_said_once(run_toy) -> None:
     done = run_toy('tools/dist_train.sh', TOY, 2, '--resume-from', 'no.pth', **ON_CPU)
     assert done.returncode == 1
