@@ -23,6 +23,7 @@ def test_two_processes_train_validate_and_resume(run_toy, tmp_path: Path) -> Non
     threads = max(len(os.sched_getaffinity(0)) // 2, 1)
     assert f'work_dir: {tmp_path}/w, seed: 5, processes: 2, threads: {threads} a process' in done.stdout
     assert done.stdout.count('malloc keeps memory') == 1
+    assert 'Failed to search registry' not in done.stdout
     assert 'Learning rate 0.16 x 4 / 16 = 0.04' in done.stdout
     assert 'eta: ' in done.stdout and 'loss_toy: ' in done.stdout
     assert done.stdout.count('toy/mean: ') == 1
