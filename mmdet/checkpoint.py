@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmdet.checkpoint_files import find_checkpoint, local_file, read_file, save_checkpoint, write_text
 
-__all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'load_checkpoint', 'load_file', 'load_meta',
+__all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'load_file', 'load_meta',
            'load_pretrained_backbone', 'load_weights', 'recognise', 'save_checkpoint', 'write_text']
 
 FORMAT_2019 = '2019 format'
@@ -64,18 +64,6 @@ def _read(source: str | Path, map_location: str | torch.device, trust: bool) -> 
         meta['legacy_2019'] = True
         content.pop('optimizer', None)  # its momentum has the old order of parameters and classes
     return content | dict(state_dict=weights, meta=_with_classes(meta)), found
-
-
-def load_checkpoint(model: nn.Module, source: str | Path, map_location: str | torch.device = 'cpu',
-                    strict: bool = True, trust: bool = False) -> dict[str, Any]:
-    """Load the weights of ``source`` into ``model`` and return the checkpoint's ``meta`` ({} if it has none).
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_file` and :func:`load_weights`.
-    """
-    checkpoint = load_file(source, map_location, trust)
-    load_weights(model, checkpoint['state_dict'], str(source), strict)
-    return checkpoint['meta']
 
 
 # -------------------------------------------------------------------- formats

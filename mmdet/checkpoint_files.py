@@ -60,8 +60,10 @@ _STAND_INS: list[Any] = [
     np.dtype,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]
+# What a pickle of NumPy's arrays and numbers imports.
+NUMPY_NAMES = r'_codecs\.encode|numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))'
 _HARMLESS = re.compile(r'collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w+Storage|torch\.Size|'
-                       r'_codecs\.encode|numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))')
+                       + NUMPY_NAMES)
 
 
 def read_file(path: Path, map_location: str | torch.device = 'cpu', trust: bool = False) -> dict[str, Any]:

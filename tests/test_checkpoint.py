@@ -106,9 +106,9 @@ def test_saved_and_loaded_weights_are_equal(tmp_path: Path) -> None:
     source, target = small_net(), small_net()
     meta = dict(epoch=np.int64(2), seed=7, classes=('a', 'b'), lr=np.float32(0.5))
     ckpt.save_checkpoint(dict(meta=meta, state_dict=source.state_dict()), tmp_path / 'e.pth')
-    assert ckpt.load_checkpoint(target, tmp_path / 'e.pth') == dict(
-        epoch=2, seed=7, classes=('a', 'b'), lr=0.5
-    )
+    content = ckpt.load_file(tmp_path / 'e.pth')
+    ckpt.load_weights(target, content['state_dict'], 'e.pth')
+    assert content['meta'] == dict(epoch=2, seed=7, classes=('a', 'b'), lr=0.5)
     assert torch.equal(source.conv.weight, target.conv.weight)
     torch.load(tmp_path / 'e.pth', weights_only=True)
     assert [path.name for path in tmp_path.iterdir()] == ['e.pth']
@@ -117,7 +117,9 @@ def test_saved_and_loaded_weights_are_equal(tmp_path: Path) -> None:
 def test_a_bare_state_dict_with_the_wrapper_prefix_is_loaded(tmp_path: Path) -> None:
     source, target = small_net(), small_net()
     torch.save({f'module.{name}': value for name, value in source.state_dict().items()}, tmp_path / 'e.pth')
-    assert ckpt.load_checkpoint(target, tmp_path / 'e.pth') == {}
+    content = ckpt.load_file(tmp_path / 'e.pth')
+    ckpt.load_weights(target, content['state_dict'], 'e.pth')
+    assert content['meta'] == {}
     assert torch.equal(source.conv.weight, target.conv.weight)
 
 
@@ -133,7 +135,7 @@ def test_another_model_is_an_error_that_lists_what_differs(tmp_path: Path) -> No
     target = small_net()
     before = target.conv.weight.clone()
     with pytest.raises(ValueError) as error:
-        ckpt.load_checkpoint(target, tmp_path / 'e.pth')
+        ckpt.load_weights(target, ckpt.load_file(tmp_path / 'e.pth')['state_dict'], f'{tmp_path}/e.pth')
     assert str(error.value).splitlines() == [
         f'{tmp_path}/e.pth does not fit the model: 5 of 7 names missing, 2 unknown, 2 of another shape',
         '  missing in the file:',

@@ -139,9 +139,10 @@ def test_the_values_of_2019_arrive_in_the_model(shared_dir: Path, tmp_path: Path
     save_2019(old, tmp_path / 'old.pth')
     model = MODELS.build(load_config(CONFIGS[name], {'model.backbone.pretrained': None}).model)
 
-    meta = ckpt.load_checkpoint(model, tmp_path / 'old.pth', strict=False)
+    content = ckpt.load_file(tmp_path / 'old.pth')
+    ckpt.load_weights(model, content['state_dict'], 'old.pth', strict=False)
 
-    assert meta['legacy_2019'] and meta['epoch'] == 12
+    assert content['meta']['legacy_2019'] and content['meta']['epoch'] == 12
     box, mask = model.roi_head.bbox_head, model.roi_head.mask_head
     assert torch.equal(box.fc_cls.weight[:80], old['bbox_head.fc_cls.weight'][1:])
     assert torch.equal(box.fc_cls.bias[80], old['bbox_head.fc_cls.bias'][0])

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdet.checkpoint_files import NUMPY_NAMES
 from mmdet.engine.launch import parse_args, run_tool
 from mmdet.evaluation import CocoMetric
-from mmdet.evaluation.coco_eval import load_annotations
+from mmdet.utils.coco_file import read_annotation_file
 
 KEYS = {'img_id', 'boxes', 'scores', 'labels'}
 
@@ -23,8 +24,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads plain types and NumPy arrays; anything else could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        plain = r'numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|_codecs\.encode'
-        if not re.fullmatch(plain, f'{module}.{name}'):
+        if not re.fullmatch(NUMPY_NAMES, f'{module}.{name}'):
             raise pickle.UnpicklingError(f'it holds {module}.{name}, which could run code')
         return super().find_class(module, name)
 
@@ -47,7 +47,7 @@ def load_results(path: str) -> list[dict[str, Any]]:
 
 def category_ids(ann_file: str, classes: list[str] | None) -> list[int]:
     """The category id of each label: that of each class named, or all of the file in its order."""
-    ids = {category['name']: category['id'] for category in load_annotations(ann_file)['categories']}
+    ids = {category['name']: category['id'] for category in read_annotation_file(ann_file)['categories']}
     if unknown := [name for name in classes or [] if name not in ids]:
         raise ValueError(f'class {unknown[0]!r} is not among the categories of {ann_file}: {", ".join(ids)}')
     return [ids[name] for name in classes or ids]

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import BaseModel
 
-from mmdet.checkpoint import load_checkpoint, load_meta
+from mmdet.checkpoint import load_file, load_weights
 from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.transforms import LoadImageFromFile
 from mmdet.legacy_2019 import legacy_2019
@@ -38,22 +38,23 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
         else of the config).
 
     Raises:
-        FileNotFoundError, ValueError: see ``load_config`` and ``load_checkpoint``.
+        FileNotFoundError, ValueError: see ``load_config``, ``load_file`` and ``load_weights``.
     """
     if isinstance(config, Config):
         cfg = config.copy()
         cfg.merge_from_dict(dict(cfg_options or {}))
     else:
         cfg = load_config(config, cfg_options)
-    if checkpoint is not None and load_meta(checkpoint).get('legacy_2019'):
+    content = None if checkpoint is None else load_file(checkpoint)
+    meta: dict[str, Any] = content['meta'] if content else {}
+    if meta.get('legacy_2019'):
         cfg = legacy_2019(cfg)
     given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
     model = MODELS.build(given | cfg.model)
-    meta: dict[str, Any] = {}
-    if checkpoint is None:
+    if content is None:
         warnings.warn('no checkpoint is given: the detector has random weights', stacklevel=2)
     else:
-        meta = load_checkpoint(model, checkpoint, map_location='cpu')
+        load_weights(model, content['state_dict'], str(checkpoint))
     model.cfg = cfg
     metainfo = meta.get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO
     model.dataset_meta = dict(metainfo)

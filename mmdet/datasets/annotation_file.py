@@ -1,42 +1,21 @@
-"""Reads annotation files in COCO's format and says in one line what is wrong with them.
+"""Says in one line what is wrong with an annotation file in COCO's format.
 
-CocoDataset calls, in this order: ``read_annotation_file``, ``category_ids``, ``index_images`` once, then for
+CocoDataset calls, in this order: ``category_ids``, ``index_images`` once, then for
 each annotation ``malformed``, ``unusable`` and ``check_segmentation``, at last ``check_files``.
 """
 
 import difflib
-import json
 import math
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mmdet.structures.masks import segmentation_problem
 
 
-def read_annotation_file(ann_file: str) -> dict[str, Any]:
-    """The parsed file; polygons are float64 arrays, which take a quarter of the memory of lists.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or lacks a list of images, annotations or categories.
-    """
-    path = Path(ann_file)
-    if not path.is_file():
-        raise FileNotFoundError(f'no annotation file {path.absolute()}: set data_root and ann_file')
-    try:
-        content = json.loads(path.read_text('utf-8-sig'), object_hook=_pack_polygons)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f'{ann_file} is not a JSON file: {error}') from None
-    for key in ('images', 'annotations', 'categories'):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f'{ann_file} is not an annotation file in COCO\'s format: no list {key!r} in it')
-    return content
-
-
-def _pack_polygons(record: dict[str, Any]) -> dict[str, Any]:
+def pack_polygons(record: dict[str, Any]) -> dict[str, Any]:
+    """An annotation with its polygons as float64 arrays, which take a quarter of the memory of lists."""
     polygons = record.get('segmentation')
     if isinstance(polygons, list):
         try:

@@ -19,10 +19,11 @@ from mmdet.datasets.annotation_file import (
     check_segmentation,
     index_images,
     malformed,
-    read_annotation_file,
+    pack_polygons,
     unusable,
 )
 from mmdet.registry import DATASETS, TRANSFORMS
+from mmdet.utils.coco_file import read_annotation_file
 from mmdet.utils.env import paused_gc
 
 COCO_CLASSES = (
@@ -183,7 +184,7 @@ class CocoDataset(BaseDataset):
         Left out, as in mmdetection 3.3: annotations marked ``ignore``, of no area, with a side below
         1 pixel or wholly outside the image. How many is logged.
         """
-        content = read_annotation_file(self.ann_file)
+        content = read_annotation_file(self.ann_file, pack_polygons)
         cat_ids = category_ids(content['categories'], self._metainfo['classes'], self.ann_file)
         self._metainfo.update(cat_ids=cat_ids, ann_file=os.path.abspath(self.ann_file))
         labels: dict[int, int | None] = {category['id']: None for category in content['categories']}

@@ -6,9 +6,7 @@ in place of the box.
 """
 
 import io
-import json
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hotcoco
@@ -49,20 +47,6 @@ class Scores(NamedTuple):
     """(12,) float64, in the order of ``STAT_NAMES``."""
     class_ap: np.ndarray
     """(K, 3) float64: AP, AP50, AP75 of each category, by increasing category id."""
-
-
-def load_annotations(ann_file: str | Path) -> dict[str, Any]:
-    """The COCO annotation file as a dict with ``images``, ``annotations`` and ``categories``."""
-    try:
-        content = json.loads(Path(ann_file).read_text(encoding='utf-8-sig'))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'annotation file {ann_file} does not exist') from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f'annotation file {ann_file} cannot be read as JSON: {error}') from None
-    missing = {'images', 'annotations', 'categories'} - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise ValueError(f'annotation file {ann_file} is not in COCO form: no {", ".join(sorted(missing))}')
-    return content
 
 
 def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: list[int]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmdet.registry import METRICS
 from mmdet.structures.masks import finished
+from mmdet.utils.coco_file import read_annotation_file
 from mmdet.utils.env import paused_gc
 
 from .coco_eval import (
@@ -28,7 +29,6 @@ from .coco_eval import (
     Scores,
     check_masks,
     count_matches,
-    load_annotations,
     run_coco_eval,
     select_ground_truth,
     summary_lines,
@@ -104,7 +104,7 @@ class CocoMetric(BaseMetric):
             ValueError: an annotation cannot be evaluated, or an image is not in the annotation file.
         """
         ann_file, cat_ids = self._data_set()
-        ground_truth = select_ground_truth(load_annotations(ann_file), img_ids, cat_ids)
+        ground_truth = select_ground_truth(read_annotation_file(ann_file), img_ids, cat_ids)
         if 'segm' in self.metrics:
             check_masks(ground_truth, [])
 
@@ -167,7 +167,7 @@ class CocoMetric(BaseMetric):
         img_ids = [prediction['img_id'] for prediction in results]
         if repeated := [i for i, count in Counter(img_ids).items() if count > 1]:
             raise ValueError(f'image id {repeated[0]} has {Counter(img_ids)[repeated[0]]} results, not one')
-        content = load_annotations(ann_file)
+        content = read_annotation_file(ann_file)
         if len(img_ids) < len(content['images']):
             print_log(f'Evaluating the {len(img_ids)} images tested, of {len(content["images"])} in '
                       f'{ann_file}', logger='current')

@@ -75,7 +75,7 @@ def test_classes_set_the_order_of_the_labels(saved):
     (['no.pkl', '--ann', 'gt.json'], 'results no.pkl do not exist'),
     (['gt.json', '--ann', 'gt.json'], 'results gt.json cannot be read as a pickle file'),
     (['old.pkl', '--ann', 'gt.json'], 'results old.pkl are not a list of dicts with boxes, img_id'),
-    (['r.pkl', '--ann', 'no.json'], 'annotation file no.json does not exist'),
+    (['r.pkl', '--ann', 'no.json'], 'no.json: configs name it by'),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cow'], "class 'cow' is not among the categories of gt.json"),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cat'], 'labels reach from 0 to 1, but the data set has 1'),
     (['evil.pkl', '--ann', 'gt.json'], 'it holds builtins.print, which could run code'),

@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 
 from mmdet.datasets.synthetic import CLASSES, CONTEXT_CLASSES
 from mmdet.engine.launch import parse_args, run_tool
-from mmdet.evaluation.coco_eval import load_annotations, run_coco_eval, select_ground_truth
+from mmdet.evaluation.coco_eval import run_coco_eval, select_ground_truth
+from mmdet.utils.coco_file import read_annotation_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/quickstart/mask_rcnn_r4_gcb_c3-c5_r18_fpn_synthetic.py'
@@ -59,7 +60,7 @@ def measure(ann_file: Path, predictions: Path) -> Numbers:
     Raises:
         ValueError: a group has no object in ``ann_file``.
     """
-    content = load_annotations(ann_file)
+    content = read_annotation_file(ann_file)
     names = {category['id']: category['name'] for category in content['categories']}
     truth = select_ground_truth(content, [image['id'] for image in content['images']], list(names))
     numbers = {}
