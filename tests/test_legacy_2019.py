@@ -99,8 +99,10 @@ def test_roi_levels(units: dict[str, Any]) -> None:
     case = units['roi_levels']
     rois = torch.tensor(case['rois'])
     rois[:, 1:] += torch.tensor(LAST_PIXEL)
-    extractor = SingleRoIExtractor(dict(type='RoIAlign', output_size=7), 1, [4, 8, 16, 32])
-    assert extractor.assign_levels(rois).tolist() == case['levels']
+    levels = [torch.full((1, 1, 1, 1), float(i)) for i in range(4)]
+    layer = dict(type='RoIAlign', output_size=1, sampling_ratio=1)
+    extractor = SingleRoIExtractor(layer, 1, [10_000] * 4)  # all samples are in a level's one cell
+    assert extractor(levels, rois).flatten().tolist() == case['levels']
 
 
 def test_roi_align(units: dict[str, Any]) -> None:

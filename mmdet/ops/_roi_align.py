@@ -38,7 +38,7 @@ def roi_align(
     """
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
     return torch.ops.mmdet.roi_align(
-        [input], rois, None, [spatial_scale], height, width, sampling_ratio, aligned)
+        [input], rois, None, [spatial_scale], height, width, sampling_ratio, aligned, 0.0, None)
 
 
 def mask_targets(
@@ -71,25 +71,38 @@ def mask_targets(
 def multilevel_roi_align(
     features: Sequence[Tensor],
     rois: Tensor,
-    levels: Tensor,
     output_size: int | tuple[int, int],
     spatial_scales: Sequence[float],
     sampling_ratio: int = 0,
-    aligned: bool = True,
+    finest_scale: float = 56,
+    shift: float = 0.0,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """`roi_align` of each RoI on its own level of a pyramid, all in one call.
 
+    That is the level `floor(log2(sqrt(w * h) / finest_scale + 1e-6))`, at least the first and at most the
+    last (FPN, equation 1), or the given one.
+
     Args:
-        features: levels `(N, C, H_i, W_i)` of one dtype, at most 8; fastest if all are channels_last.
-        levels: `(K,)` int64, the level of each RoI. A RoI of another number pools zeros.
+        features: levels `(N, C, H_i, W_i)` of one dtype, the finest first, on CUDA at most 8; fastest if all
+            are channels_last.
         spatial_scales: of each level.
+        finest_scale: in pixels.
+        shift: cells of its level that a RoI is moved to the right and down by. 0.5 undoes the half cell of
+            `aligned`, but sets no least size.
+        levels: `(K,)` int64, the level of each RoI, whatever its size.
 
     Returns:
-        `(K, C, h, w)`, contiguous. Every level gets a gradient, zeros where no RoI is on it.
+        `(K, C, h, w)`, contiguous; zeros for a RoI of NaN or of a level that is not there. Every level gets a
+        gradient, zeros where no RoI is on it.
+
+    Raises:
+        ValueError: as `roi_align`; a `finest_scale` that is not positive; levels of different images or
+            channels. TypeError: as `roi_align`; levels of different dtypes.
     """
     height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
     return torch.ops.mmdet.roi_align(
-        features, rois, levels, spatial_scales, height, width, sampling_ratio, aligned)
+        features, rois, levels, spatial_scales, height, width, sampling_ratio, True, shift, finest_scale)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -107,8 +120,7 @@ def _(
     spatial_scales: list[float],
     height: int,
     width: int,
-    sampling_ratio: int,
-    aligned: bool,
+    *rule: Any,
 ) -> Tensor:
     return features[0].new_empty(rois.shape[0], features[0].shape[1], height, width)
 
@@ -121,8 +133,7 @@ def _(
     spatial_scales: list[float],
     sizes: list[int],
     channels_last: bool,
-    sampling_ratio: int,
-    aligned: bool,
+    *rule: Any,
 ) -> list[Tensor]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shapes = [[*sizes[:2], *sizes[i:i + 2]] for i in range(2, len(sizes), 2)]
@@ -132,16 +143,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    features, rois, levels, spatial_scales, _, _, sampling_ratio, aligned = inputs
+    features, rois, levels, spatial_scales, _, _, *rule = inputs
     ctx.save_for_backward(rois, levels)
     sizes = [*features[0].shape[:2], *(size for feature in features for size in feature.shape[2:])]
     channels_last = layout_of(features[0]) is torch.channels_last  # a gradient lies like its feature map
-    ctx.options = spatial_scales, sizes, channels_last, sampling_ratio, aligned
+    ctx.options = spatial_scales, sizes, channels_last, *rule
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, ...]:
     grads = torch.ops.mmdet.roi_align_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return grads, None, None, None, None, None, None, None
+    return grads, *[None] * 9
 
 
 torch.library.register_autograd('mmdet::roi_align', _backward, setup_context=_setup_context)

@@ -82,10 +82,10 @@ def test_gradcheck(device, ratio, aligned, layout):
         torch.randn(2, 2, *size, dtype=torch.float64, device=device).to(memory_format=layout).requires_grad_()
         for size in ((6, 7), (3, 4))]
     rois = torch.tensor([[0, 3.3, 5.1, 40, 38], [1, -9, 2, 80, 21], [0, 9, 9, 12, 10.5]]).to(features[0])
-    levels = torch.tensor([1, 0, 0], device=device)
+    assert levels_of(rois, 18, 2).tolist() == [0, 1, 0]
+    options = None, SCALES[1:], 2, 3, ratio, aligned, 0.25, 18.0
     torch.autograd.gradcheck(
-        lambda *x: multilevel_roi_align(x, rois, levels, (2, 3), SCALES[1:], ratio, aligned), features,
-        nondet_tol=1e-12, fast_mode=False)
+        lambda *x: torch.ops.mmdet.roi_align(x, rois, *options), features, nondet_tol=1e-12, fast_mode=False)
 
 
 def test_no_gradient_of_the_gradient(device):
@@ -102,9 +102,14 @@ def test_half_of_a_bin_is_a_half(samples, layout):
     """Mask targets are what reaches 0.5: a bin of which half is the object must not fall short of it."""
     x = torch.zeros(1, 2, 4 * samples, 4 * samples).to(memory_format=layout)
     x[:, :, :2 * samples] = 1
-    box = torch.tensor([[0, 0.0, samples, samples, 3 * samples]]).float()
-    found = roi_align(x, box, 1, 1.0)
+    found = roi_align(x, torch.tensor([[0, 0.0, samples, samples, 3 * samples]]), 1, 1.0)
     assert torch.equal(found, torch.full((1, 2, 1, 1), 0.5))
+
+
+def levels_of(rois: Tensor, finest_scale: float, levels: int) -> Tensor:
+    """FPN's equation 1 of each RoI, in float64; -1 where a RoI is turned over on one side."""
+    area = (rois[:, 3:] - rois[:, 1:3]).double().prod(dim=1)
+    return (area / finest_scale**2).log2().div(2).floor().clamp(0, levels - 1).nan_to_num(-1).long()
 
 
 def make_pyramid(device, dtype=torch.float32, layout=torch.contiguous_format) -> list[Tensor]:
@@ -115,14 +120,16 @@ def make_pyramid(device, dtype=torch.float32, layout=torch.contiguous_format) ->
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('ratio', [0, 2])
-def test_each_roi_on_its_level(device, dtype, layout, ratio):
+@pytest.mark.parametrize('ratio, given', [(0, False), (2, False), (0, True)])
+def test_each_roi_on_its_level(device, dtype, layout, ratio, given):
     """Against torchvision on one level at a time; no RoI is on the last level, and some are on none."""
     features, rois = make_pyramid(device, dtype, layout), make_rois()
-    levels = torch.arange(len(rois)) % 4 - 1
-    levels[levels == 2] = 7
-    output = multilevel_roi_align(
-        features, rois.to(device), levels.to(device), (7, 5), SCALES, ratio)
+    rois[-1, 3] = -50  # turned over, on no level
+    rois = rois[rois[:, 1] > -400]  # without the largest
+    levels = torch.tensor([0, 1, 7, -1])[torch.arange(len(rois)) % 4] if given else levels_of(rois, 64, 3)
+    assert levels.unique().tolist()[:3] == [-1, 0, 1] and 2 not in levels
+    chosen = levels.to(device) if given else None
+    output = multilevel_roi_align(features, rois.to(device), (7, 5), SCALES, ratio, 64, levels=chosen)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     theirs = [feature.detach().cpu().to(compute).requires_grad_() for feature in features]
     expected = torch.zeros(output.shape, dtype=compute)
@@ -131,10 +138,9 @@ def test_each_roi_on_its_level(device, dtype, layout, ratio):
             level, rois[levels == i].to(compute), (7, 5), SCALES[i], ratio, aligned=True)
     weight = torch.randn_like(output)
     grads = torch.autograd.grad(output, features, weight)
-    expected_grads = torch.autograd.grad(expected, theirs[:2], weight.cpu().to(compute))
+    others = expected, *torch.autograd.grad(expected, theirs[:2], weight.cpu().to(compute)), 0 * theirs[2]
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
-    expected_parts = expected, *expected_grads, torch.zeros_like(theirs[2])
-    for part, other in zip((output, *grads), expected_parts, strict=True):
+    for part, other in zip((output, *grads), others, strict=True):
         assert part.dtype == dtype
         torch.testing.assert_close(
             part.cpu().to(compute), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
@@ -143,13 +149,11 @@ def test_each_roi_on_its_level(device, dtype, layout, ratio):
 
 def test_levels_in_different_layouts(device):
     features, rois = make_pyramid(device), make_rois().to(device)
-    levels = torch.arange(len(rois), device=device) % 3
-    expected = multilevel_roi_align(features, rois, levels, 7, SCALES)
+    expected = multilevel_roi_align(features, rois, 7, SCALES, finest_scale=32)
     for chosen in (0, 1):
-        mixed = [x.detach().to(memory_format=LAYOUTS[i == chosen]) for i, x in enumerate(features)]
-        for x in mixed:
-            x.requires_grad_()
-        output = multilevel_roi_align(mixed, rois, levels, 7, SCALES)
+        mixed = [x.detach().to(memory_format=LAYOUTS[i == chosen]).requires_grad_()
+                 for i, x in enumerate(features)]
+        output = multilevel_roi_align(mixed, rois, 7, SCALES, finest_scale=32)
         torch.testing.assert_close(output, expected)
         output.sum().backward()
         assert all(x.grad.shape == x.shape for x in mixed)
@@ -161,8 +165,8 @@ def test_levels_in_different_layouts(device):
 @pytest.mark.parametrize('ratio', [0, 2])
 def test_deterministic_gradient_on_cuda(dtype, layout, ratio):
     features, rois = make_pyramid('cuda', dtype, layout), make_rois(300).cuda()
-    levels = torch.arange(len(rois)).cuda() % 4 - 1
-    output = multilevel_roi_align(features, rois, levels, (7, 5), SCALES, ratio)
+    rois[::5, 3] = -50  # on no level
+    output = multilevel_roi_align(features, rois, (7, 5), SCALES, ratio, 32)
     weight = torch.randn_like(output)
     expected = torch.autograd.grad(output, features, weight, retain_graph=True)
     torch.use_deterministic_algorithms(True)
@@ -177,8 +181,8 @@ def test_deterministic_gradient_on_cuda(dtype, layout, ratio):
 
 def test_large_sparse_roi(device):
     """A RoI far wider than its samples takes the path that gathers columns."""
-    x = torch.randn(1, 2, 8, 200).to(device)
-    ours, theirs = both(x, torch.tensor([[0.0, 5, 3, 1500, 60]]), (2, 3), 1, True)
+    ours, theirs = both(
+        torch.randn(1, 2, 8, 200).to(device), torch.tensor([[0.0, 5, 3, 1500, 60]]), (2, 3), 1, True)
     for ours_part, theirs_part in zip(ours, theirs):
         torch.testing.assert_close(ours_part.cpu(), theirs_part)
 
@@ -206,13 +210,10 @@ def test_strides(device, layout):
 
 def test_gradient_that_is_a_view(device):
     """sum() sends an expanded gradient of strides zero."""
-    plain = torch.randn(2, 3, 20, 30, device=device, requires_grad=True)
-    rois = make_rois().to(device)
-    roi_align(plain, rois, 7, SCALE).sum().backward()
-    grad, plain.grad = plain.grad, None
-    output = roi_align(plain, rois, 7, SCALE)
-    output.backward(torch.ones_like(output))
-    torch.testing.assert_close(grad, plain.grad)
+    x = torch.randn(2, 3, 20, 30, device=device, requires_grad=True)
+    output = roi_align(x, make_rois().to(device), 7, SCALE)
+    grads = torch.autograd.grad(output.sum(), x, retain_graph=True)
+    torch.testing.assert_close(grads, torch.autograd.grad(output, x, torch.ones_like(output)))
 
 
 def test_nothing_to_pool(device):
@@ -221,7 +222,6 @@ def test_nothing_to_pool(device):
     assert output.shape == (0, 3, 7, 5)
     output.sum().backward()
     assert x.grad.count_nonzero() == 0 and x.grad.shape == x.shape
-
     rois = torch.tensor([[0.0, 0, 0, 9, 9]], device=device)
     for shape in ((1, 3, 0, 8), (1, 3, 8, 0), (1, 0, 8, 8)):
         empty = torch.randn(shape, device=device, requires_grad=True)
@@ -270,25 +270,27 @@ def test_errors(device):
             roi_align(*args)
         assert '\n' not in str(caught.value)
 
-    levels = torch.zeros(3, dtype=torch.int64, device=device)
-    for features, level, scales, error, message in [
-            ([], levels, [], ValueError, '0 levels, but 0 spatial scales'),
-            ([x, x], levels, [1.0], ValueError, '2 levels, but 1 spatial scales'),
-            ([x, x[:, :1]], levels, [1.0, 0.5], ValueError, 'differ in images or channels'),
-            ([x, x.double()], levels, [1.0, 0.5], TypeError, 'must have one dtype, got Float and Double'),
-            ([x, x], levels[:2], [1.0, 0.5], ValueError, r'levels must be \(3,\), got \[2\]'),
-            ([x, x], levels.float(), [1.0, 0.5], TypeError, 'levels must be int64, got Float'),
-            ([x, x], None, [1.0, 0.5], ValueError, '2 levels, but no level of each RoI')]:
+    for features, scales, finest, error, message in [
+            ([], [], 56, ValueError, '0 levels, but 0 spatial scales'),
+            ([x, x], [1.0], 56, ValueError, '2 levels, but 1 spatial scales'),
+            ([x, x[:, :1]], [1.0, 0.5], 56, ValueError, 'differ in images or channels'),
+            ([x, x.double()], [1.0, 0.5], 56, TypeError, 'must have one dtype, got Float and Double'),
+            ([x, x], [1.0, 0.5], 0.0, ValueError, 'finest_scale must be positive, got 0'),
+            ([x, x], [1.0, 0.5], float('nan'), ValueError, 'finest_scale must be positive, got nan'),
+            ([x, x], [1.0, 0.5], None, ValueError, '2 levels, but neither the level of each RoI nor')]:
         with pytest.raises(error, match=message) as caught:
-            multilevel_roi_align(features, rois, level, 7, scales)
+            multilevel_roi_align(features, rois, 7, scales, finest_scale=finest)
         assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r'levels must be \(3,\), got \[2\]'):
+        multilevel_roi_align([x, x], rois, 7, [1.0, 0.5], levels=torch.zeros(2, device=device).long())
+    with pytest.raises(TypeError, match='levels must be int64, got Float'):
+        multilevel_roi_align([x, x], rois, 7, [1.0, 0.5], levels=torch.zeros(3, device=device))
 
 
 @pytest.mark.parametrize('image', [-1.0, 2.0, float('nan')])
 def test_image_outside_the_batch(image):
-    rois = torch.tensor([[0.0, 0, 0, 9, 9], [image, 0, 0, 9, 9]])
     with pytest.raises(IndexError, match=r'rois\[1\] names image .* of a batch of 2'):
-        roi_align(torch.randn(2, 2, 8, 8), rois, 7, SCALE)
+        roi_align(torch.randn(2, 2, 8, 8), torch.tensor([[0.0, 0, 0, 9, 9], [image, 0, 0, 9, 9]]), 7, SCALE)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -299,15 +301,13 @@ def test_opcheck(device, dtype, requires_grad, layout):
     # A tie-free sum order is not guaranteed by atomics: compare with the tolerance of the dtype.
     close = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     rois, levels = make_rois(4)[:4].to(device), torch.tensor([0, 2, 0, 1], device=device)
-    torch.library.opcheck(
-        torch.ops.mmdet.roi_align.default, (features, rois, levels, SCALES, 3, 2, 0, True), **close)
-    torch.library.opcheck(
-        torch.ops.mmdet.roi_align.default, (features[:1], rois, None, SCALES[:1], 3, 2, 0, True), **close)
+    op = torch.ops.mmdet.roi_align.default
+    torch.library.opcheck(op, (features, rois, None, SCALES, 3, 2, 0, True, 0.5, 32.0), **close)
+    torch.library.opcheck(op, (features, rois, levels, SCALES, 3, 2, 0, True, 0.0, None), **close)
     grad = torch.randn(4, 6, 3, 2, device=device).to(dtype)
-    sizes = [2, 6, *(size for x in features for size in x.shape[2:])]
+    sizes, op = [2, 6, 40, 60, 20, 30, 10, 15], torch.ops.mmdet.roi_align_backward.default
     torch.library.opcheck(
-        torch.ops.mmdet.roi_align_backward.default,
-        (grad, rois, levels, SCALES, sizes, layout == torch.channels_last, 2, True), **close)
+        op, (grad, rois, levels, SCALES, sizes, layout == torch.channels_last, 2, True, 0.5, 32.0), **close)
 
 
 def test_autocast_keeps_coordinates(device):

@@ -102,8 +102,8 @@ class RPNHead(nn.Module):
         corner = torch.cat(corners)[cell]
         patches = multilevel_roi_align(
             [F.pad(level, (1, 1, 1, 1)) for level in features],
-            torch.cat([image[:, None], corner, corner + 3], dim=1), torch.cat(levels)[cell],
-            output_size=3, spatial_scales=[1.0] * len(features), sampling_ratio=1)
+            torch.cat([image[:, None], corner, corner + 3], dim=1), output_size=3,
+            spatial_scales=[1.0] * len(features), sampling_ratio=1, levels=torch.cat(levels)[cell])
         hidden = F.relu(_linear(patches, self.rpn_conv), inplace=True)
         logits, deltas = _linear(hidden, self.rpn_cls), _linear(hidden, self.rpn_reg).unflatten(1, (-1, 4))
         dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from mmdet.ops import multilevel_roi_align
 from mmdet.registry import MODELS
-from mmdet.structures.boxes import box_area
 
 
 class RoILayerConfig(TypedDict, total=False):
@@ -47,20 +45,10 @@ class SingleRoIExtractor(nn.Module):
         self.out_channels = out_channels
         self.strides = featmap_strides
         self.finest_scale = finest_scale
-        # Pixels; a buffer, since a tensor made from a list would wait for the GPU in every step.
-        self.shift: Tensor
-        self.register_buffer('shift', shift * torch.tensor(featmap_strides), persistent=False)
+        self.shift = shift
 
     def forward(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """Levels (N, C, H_i, W_i) and RoIs (K, 5) to (K, C, output_size, output_size)."""
-        levels = self.assign_levels(rois)
-        moved = torch.cat([rois[:, :1], rois[:, 1:] + self.shift[levels, None]], dim=1)
         return multilevel_roi_align(
-            features[:len(self.strides)], moved, levels, self.output_size, [1 / s for s in self.strides],
-            self.sampling_ratio)
-
-    def assign_levels(self, rois: Tensor) -> Tensor:
-        """Level (K,) int64 of each of RoIs (K, 5); -1, which pools zeros, where a coordinate is NaN."""
-        scale = box_area(rois[:, 1:]).sqrt()
-        level = torch.floor(torch.log2(scale / self.finest_scale + 1e-6))
-        return level.clamp(min=0, max=len(self.strides) - 1).nan_to_num(-1).to(torch.int64)
+            features[:len(self.strides)], rois, self.output_size, [1 / s for s in self.strides],
+            self.sampling_ratio, self.finest_scale, self.shift)

@@ -21,10 +21,10 @@ static void pass_by(torch::Library& library) {
 TORCH_LIBRARY(mmdet, m) {
   m.def(
       "roi_align(Tensor[] features, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt height, SymInt width, "
-      "int sampling_ratio, bool aligned) -> Tensor");
+      "int sampling_ratio, bool aligned, float shift, float? finest_scale) -> Tensor");
   m.def(
       "roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, float[] spatial_scales, SymInt[] sizes, "
-      "bool channels_last, int sampling_ratio, bool aligned) -> Tensor[]");
+      "bool channels_last, int sampling_ratio, bool aligned, float shift, float? finest_scale) -> Tensor[]");
   m.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, float iou_threshold, float sigma, float min_score, str method) -> "

@@ -32,7 +32,7 @@ C10_HOST_DEVICE inline bool crop_fits(const int64_t* row, int64_t height, int64_
 // As in roi_align of the whole image's bitmap, pixel by pixel a cell.
 template <typename T>
 C10_HOST_DEVICE inline RoiSamples<T> mask_samples(T low, T high, int size) {
-  return roi_samples(low, high, T(1), size, 0, true);
+  return roi_samples(low, high, T(1), size, RoiRule{});
 }
 
 inline void check_mask_targets(

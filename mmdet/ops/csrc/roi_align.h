@@ -29,21 +29,42 @@ struct RoiSamples {
 // Bounds the work that a diverged network's box can ask for; no feature map is that wide.
 constexpr int kMaxAdaptiveGrid = 4096;
 
+// What holds for the RoIs of all levels.
+struct RoiRule {
+  int sampling_ratio = 0;
+  bool aligned = true;
+  double shift = 0;         // cells to the right and down
+  double finest_scale = 0;  // pixels; 0: the level of a RoI is given, or there is but one
+};
+
 template <typename T>
-C10_HOST_DEVICE inline RoiSamples<T> roi_samples(
-    T low, T high, T spatial_scale, int bins, int sampling_ratio, bool aligned) {
-  const T offset = aligned ? T(0.5) : T(0);
+C10_HOST_DEVICE inline RoiSamples<T> roi_samples(T low, T high, T spatial_scale, int bins, const RoiRule& rule) {
+  const T offset = static_cast<T>((rule.aligned ? 0.5 : 0.0) - rule.shift);
   const T start = product(low, spatial_scale) - offset;
   T size = product(high, spatial_scale) - offset - start;
-  if (!aligned && size < T(1)) {
+  if (!rule.aligned && size < T(1)) {
     size = T(1);
   }
   const T bin = size / bins;
-  int grid = sampling_ratio;
-  if (sampling_ratio <= 0) {  // NaN and empty RoIs have no points
+  int grid = rule.sampling_ratio;
+  if (grid <= 0) {  // NaN and empty RoIs have no points
     grid = !(bin > T(0)) ? 0 : bin < T(kMaxAdaptiveGrid) ? static_cast<int>(std::ceil(bin)) : kMaxAdaptiveGrid;
   }
   return {start, bin, grid};
+}
+
+// The level of RoI k [image, x1, y1, x2, y2] if that is given, else by its size (FPN, arXiv 1612.03144, equation 1): 0
+// where sqrt(area) is below twice the finest scale, and one up with each doubling; -1 where that is NaN.
+template <typename T>
+C10_HOST_DEVICE inline int64_t roi_level(
+    int64_t k, const T* rois, const int64_t* given, int num_levels, const RoiRule& rule) {
+  if (given || rule.finest_scale == 0) {
+    return given ? given[k] : 0;
+  }
+  const T* box = rois + 5 * k + 1;
+  const T side = std::sqrt(product(box[2] - box[0], box[3] - box[1]));
+  const T level = std::floor(std::log2(side / static_cast<T>(rule.finest_scale) + T(1e-6)));
+  return std::isnan(level) ? -1 : level < T(0) ? 0 : level < T(num_levels) ? static_cast<int>(level) : num_levels - 1;
 }
 
 // Linear interpolation at a point of an axis with `extent` cells. Points up to one cell outside take the border's
@@ -90,7 +111,8 @@ inline Level make_level(int64_t channels, int64_t height, int64_t width, bool ch
 
 inline void check_roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
-    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio) {
+    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio,
+    std::optional<double> finest_scale) {
   TORCH_CHECK_VALUE(
       !features.empty() && features.size() == spatial_scales.size(), "roi_align: ", features.size(), " levels, but ",
       spatial_scales.size(), " spatial scales");
@@ -116,7 +138,10 @@ inline void check_roi_align(
       height > 0 && width > 0, "roi_align: output size must be positive, got ", height, " x ", width);
   TORCH_CHECK_VALUE(sampling_ratio >= 0, "roi_align: sampling_ratio must not be negative, got ", sampling_ratio);
   TORCH_CHECK_VALUE(
-      levels || features.size() == 1, "roi_align: ", features.size(), " levels, but no level of each RoI");
+      levels || finest_scale || features.size() == 1, "roi_align: ", features.size(),
+      " levels, but neither the level of each RoI nor finest_scale");
+  TORCH_CHECK_VALUE(
+      !finest_scale || *finest_scale > 0, "roi_align: finest_scale must be positive, got ", finest_scale.value_or(0));
   if (levels) {
     TORCH_CHECK_VALUE(
         levels->dim() == 1 && levels->size(0) == rois.size(0), "roi_align: levels must be (", rois.size(0),

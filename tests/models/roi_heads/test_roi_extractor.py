@@ -14,20 +14,37 @@ def make(sampling_ratio: int = 0, **options: int) -> SingleRoIExtractor:
 
 
 def square(side: float) -> Tensor:
-    return torch.tensor([[0, 5, 5, 5 + side, 5 + side]])
+    return torch.tensor([[0.0, 5, 5, 5 + side, 5 + side]])
+
+
+def levels_of(extractor: SingleRoIExtractor, rois: Tensor) -> list[int]:
+    """The level that each RoI is pooled from, read off levels that hold their number; -1: from none."""
+    features = [torch.full((1, 3, 1, 1), float(i + 1)) for i in range(len(STRIDES))]
+    extractor.strides = [10_000] * len(STRIDES)  # all samples are in the one cell
+    return (extractor(features, rois).mean(dim=(1, 2, 3)) - 1).round().long().tolist()
 
 
 @pytest.mark.parametrize('side, level', [
     (0, 0), (1, 0), (55, 0), (111.9, 0), (112, 1), (223.9, 1), (224, 2), (447.9, 2), (448, 3), (2000, 3)])
 def test_levels_by_size(side: float, level: int) -> None:
-    assert make().assign_levels(square(side)).tolist() == [level]
+    assert levels_of(make(2), square(side)) == [level]
     # The area counts, not the longer side.
-    assert make().assign_levels(torch.tensor([[0, 0, 0, side * 2, side / 2]])).tolist() == [level]
+    assert levels_of(make(2), torch.tensor([[0.0, 0, 0, side * 2, side / 2]])) == [level]
 
 
 def test_finest_scale() -> None:
-    found = make(finest_scale=16).assign_levels(torch.cat([square(s) for s in (31.9, 32, 64, 128)]))
-    assert found.tolist() == [0, 1, 2, 3]
+    rois = torch.cat([square(side) for side in (31.9, 32, 64, 128)])
+    assert levels_of(make(2, finest_scale=16), rois) == [0, 1, 2, 3]
+
+
+def test_a_rounding_error_below_a_level_counts_as_reaching_it() -> None:
+    """What mmdetection's `floor(log2(scale / finest_scale + 1e-6))` gives, exactly."""
+    sides = 56 * 2.0 ** torch.arange(4)[:, None] * (1 + torch.linspace(-3e-6, 3e-6, 1001))
+    corner = sides.flatten()[:, None].expand(-1, 2)
+    rois = torch.cat([torch.zeros(len(corner), 3), corner], dim=1)
+    scale = (corner[:, 0] * corner[:, 1]).sqrt()
+    expected, exact = (torch.floor(torch.log2(scale / 56 + more)).clamp(0, 3).long() for more in (1e-6, 0))
+    assert levels_of(make(2), rois) == expected.tolist() != exact.tolist()
 
 
 @pytest.mark.parametrize('sampling_ratio', [0, 2])
@@ -62,14 +79,14 @@ def test_levels_without_rois_have_a_gradient() -> None:
 def test_rois_of_a_diverged_network_pool_zeros() -> None:
     features = [torch.randn(1, 3, 256 // s, 256 // s) for s in STRIDES]
     rois = torch.tensor([[0, float('nan'), 5, 60, 60], [0, 60, 5, 5, 60], [0, 5, 5, 60, 60]])
-    assert make().assign_levels(rois).tolist() == [-1, -1, 0]
+    assert levels_of(make(2), rois) == [-1, -1, 0]
     pooled = make(2, shift=0.5)(features, rois)
     assert pooled[:2].count_nonzero() == 0 and pooled[2].count_nonzero() == 3 * 7 * 7
 
 
 def test_shift_is_in_cells_of_the_level() -> None:
     features = [torch.randn(1, 3, 1024 // s, 1024 // s).double() for s in STRIDES]
-    rois = torch.cat([square(side) + 0.0 for side in (50, 150, 300, 500)]).double()
+    rois = torch.cat([square(side) for side in (50, 150, 300, 500)]).double()
     moved = rois.clone()
     moved[:, 1:] += torch.tensor(STRIDES)[:, None] / 2
     # The levels are those of the RoIs as they came.

@@ -47,11 +47,11 @@ void compact_columns(Roi<T>& roi) {
 template <typename T>
 std::vector<Roi<T>> make_rois(
     const at::Tensor& rois, const std::optional<at::Tensor>& levels, at::ArrayRef<double> spatial_scales,
-    const std::vector<Level>& pyramid, int64_t images, int height, int width, int sampling_ratio, bool aligned) {
+    const std::vector<Level>& pyramid, int64_t images, int height, int width, const RoiRule& rule) {
   const auto coordinates = rois.to(c10::CppTypeToScalarType<T>::value).contiguous();
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const T* boxes = coordinates.template const_data_ptr<T>();
-  const int64_t* level_of = levels ? assigned.template const_data_ptr<int64_t>() : nullptr;
+  const int64_t* given = levels ? assigned.template const_data_ptr<int64_t>() : nullptr;
   for (int64_t k = 0; k < rois.size(0); ++k) {
     const T image = boxes[5 * k];
     TORCH_CHECK_INDEX(
@@ -63,7 +63,7 @@ std::vector<Roi<T>> make_rois(
       const T* box = boxes + 5 * k;
       auto& roi = result[k];
       roi.image = static_cast<int64_t>(box[0]);
-      roi.level = level_of ? level_of[k] : 0;
+      roi.level = roi_level(k, boxes, given, static_cast<int>(pyramid.size()), rule);
       const bool known = roi.level >= 0 && roi.level < static_cast<int64_t>(pyramid.size());
       if (!known || pyramid[roi.level].height * pyramid[roi.level].width == 0) {
         roi.level = -1;
@@ -71,8 +71,8 @@ std::vector<Roi<T>> make_rois(
       }
       const auto& level = pyramid[roi.level];
       const T scale = static_cast<T>(spatial_scales[roi.level]);
-      const auto x = roi_samples(box[1], box[3], scale, width, sampling_ratio, aligned);
-      const auto y = roi_samples(box[2], box[4], scale, height, sampling_ratio, aligned);
+      const auto x = roi_samples(box[1], box[3], scale, width, rule);
+      const auto y = roi_samples(box[2], box[4], scale, height, rule);
       roi.x = make_axis<T>(x, width, level.width);
       roi.y = make_axis<T>(y, height, level.height);
       roi.count = std::max(T(1), T(x.grid) * T(y.grid));
@@ -151,8 +151,10 @@ int64_t widest(const std::vector<Level>& pyramid) {
 
 at::Tensor roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
-    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
-  check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio);
+    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned,
+    double shift, std::optional<double> finest_scale) {
+  check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio, finest_scale);
+  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
   const int64_t num_rois = rois.size(0), channels = features[0].size(1), bins = height * width;
   std::vector<at::Tensor> inputs;
   std::vector<Level> pyramid;
@@ -164,7 +166,7 @@ at::Tensor roi_align(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "roi_align", [&] {
     using T = at::opmath_type<scalar_t>;
     const auto prepared = make_rois<T>(
-        rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, sampling_ratio, aligned);
+        rois, levels, spatial_scales, pyramid, features[0].size(0), height, width, rule);
     scalar_t* pooled = output.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, num_rois, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> blend(widest(pyramid) * channels), result(bins * channels);
@@ -192,7 +194,8 @@ at::Tensor roi_align(
 std::vector<at::Tensor> roi_align_backward(
     const at::Tensor& grad, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, at::IntArrayRef sizes, bool channels_last, int64_t sampling_ratio,
-    bool aligned) {
+    bool aligned, double shift, std::optional<double> finest_scale) {
+  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
   const int64_t images = sizes[0], channels = sizes[1], height = grad.size(2), width = grad.size(3);
   const int64_t bins = height * width;
   const auto options = grad.options().dtype(compute_type(grad));
@@ -204,8 +207,7 @@ std::vector<at::Tensor> roi_align_backward(
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "roi_align_backward", [&] {
     using T = at::opmath_type<scalar_t>;
-    const auto prepared = make_rois<T>(
-        rois, levels, spatial_scales, pyramid, images, height, width, sampling_ratio, aligned);
+    const auto prepared = make_rois<T>(rois, levels, spatial_scales, pyramid, images, height, width, rule);
     const scalar_t* pooled = grad.const_data_ptr<scalar_t>();
     // A thread owns channels, and takes the RoIs in order: no races, and the same sums for any number of threads.
     at::parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {

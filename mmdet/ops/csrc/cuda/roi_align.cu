@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) pool_tiles_k
 
 at::Tensor roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
-    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned) {
-  check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio);
+    at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned,
+    double shift, std::optional<double> finest_scale) {
+  check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio, finest_scale);
   const c10::cuda::CUDAGuard guard(rois.device());
   const bool channels_last = is_channels_last(features[0]);
   std::vector<int64_t> sizes{features[0].size(0), features[0].size(1)};
@@ -96,8 +97,8 @@ at::Tensor roi_align(
   if (output.numel() == 0) {
     return output;
   }
-  const auto options = make_options(
-      sizes, spatial_scales, height, width, sampling_ratio, aligned, channels_last);
+  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const auto options = make_options(sizes, spatial_scales, height, width, rule, channels_last);
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, output.scalar_type(), "roi_align", [&] {

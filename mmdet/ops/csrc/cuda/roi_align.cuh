@@ -25,8 +25,7 @@ constexpr int64_t kMaxBlocks = 1 << 20;
 struct Options {
   int num_levels;
   int images, channels, height, width;  // height x width bins
-  int sampling_ratio;
-  bool aligned;
+  RoiRule rule;
   Level levels[kMaxLevels];
   double spatial_scales[kMaxLevels];
 };
@@ -81,15 +80,15 @@ __device__ Roi<T> make_roi(int64_t k, const T* rois, const int64_t* levels, cons
   const T* box = rois + 5 * k;
   CUDA_KERNEL_ASSERT(
       box[0] >= T(0) && box[0] < T(options.images) && "roi_align: a RoI names an image outside the batch");
-  const int64_t i = levels ? levels[k] : 0;
+  const int64_t i = roi_level(k, rois, levels, options.num_levels, options.rule);
   Roi<T> roi{};
   if (i >= 0 && i < options.num_levels && options.levels[i].height * options.levels[i].width > 0) {
     roi.level = static_cast<int>(i);
     roi.image = static_cast<int64_t>(box[0]);
     const Level& level = options.levels[i];
     const T scale = static_cast<T>(options.spatial_scales[i]);
-    roi.x.points = roi_samples(box[1], box[3], scale, options.width, options.sampling_ratio, options.aligned);
-    roi.y.points = roi_samples(box[2], box[4], scale, options.height, options.sampling_ratio, options.aligned);
+    roi.x.points = roi_samples(box[1], box[3], scale, options.width, options.rule);
+    roi.y.points = roi_samples(box[2], box[4], scale, options.height, options.rule);
     roi.x.extent = static_cast<int>(level.width);
     roi.y.extent = static_cast<int>(level.height);
     roi.share = T(1) / (T(roi.x.points.grid) * T(roi.y.points.grid));
@@ -203,13 +202,13 @@ bool in_tiles(int64_t num_rois, const Options& options, bool packs, const F& lau
 
 // `sizes` is N, C, then H and W of each level.
 inline Options make_options(
-    at::IntArrayRef sizes, at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio,
-    bool aligned, bool channels_last) {
+    at::IntArrayRef sizes, at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, const RoiRule& rule,
+    bool channels_last) {
   const int num_levels = static_cast<int>(spatial_scales.size());
   TORCH_CHECK_VALUE(num_levels <= kMaxLevels, "roi_align: at most ", kMaxLevels, " levels on CUDA, got ", num_levels);
   Options options{
       num_levels, static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), static_cast<int>(height),
-      static_cast<int>(width), static_cast<int>(sampling_ratio), aligned, {}, {}};
+      static_cast<int>(width), rule, {}, {}};
   for (int i = 0; i < num_levels; ++i) {
     options.levels[i] = make_level(sizes[1], sizes[2 + 2 * i], sizes[3 + 2 * i], channels_last);
     options.spatial_scales[i] = spatial_scales[i];

@@ -120,7 +120,8 @@ __global__ void scatter_rows_kernel(
     const int64_t image = row / level.height;
     T* cells = grad_feature + image * level.image + c * level.channel + y * level.row;
     for (int64_t k = 0; k < num_rois; ++k) {
-      if ((levels ? levels[k] : 0) != own || static_cast<int64_t>(rois[5 * k]) != image) {
+      if (static_cast<int64_t>(rois[5 * k]) != image ||
+          roi_level(k, rois, levels, options.num_levels, options.rule) != own) {
         continue;
       }
       const auto roi = make_roi(k, rois, levels, options);
@@ -153,10 +154,10 @@ __global__ void scatter_rows_kernel(
 std::vector<at::Tensor> roi_align_backward(
     const at::Tensor& grad, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, at::IntArrayRef sizes, bool channels_last, int64_t sampling_ratio,
-    bool aligned) {
+    bool aligned, double shift, std::optional<double> finest_scale) {
   const c10::cuda::CUDAGuard guard(grad.device());
-  const auto options = make_options(
-      sizes, spatial_scales, grad.size(2), grad.size(3), sampling_ratio, aligned, channels_last);
+  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const auto options = make_options(sizes, spatial_scales, grad.size(2), grad.size(3), rule, channels_last);
   const auto grads = grad.contiguous();
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const auto stream = c10::cuda::getCurrentCUDAStream();
