@@ -141,9 +141,15 @@ class DetectionRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """mmengine's. For a GPU, batches are kept in page-locked memory: their copying stops nothing."""
+        """mmengine's. For a GPU, batches are kept in page-locked memory: their copying stops nothing.
+
+        Without worker processes (``num_workers=0``, to debug) settings that are for them do not count.
+        """
         if isinstance(dataloader, dict):
             dataloader = dict(pin_memory=torch.cuda.is_available()) | dataloader
+            if not dataloader.get('num_workers'):
+                for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
+                    dataloader.pop(key, None)
         return Runner.build_dataloader(dataloader, *args, **kwargs)
 
     # ---------------------------------------------------------------- learning rate
@@ -268,13 +274,14 @@ class DetectionRunner(Runner):
         meta, instead = content['meta'], 'start from its weights with --cfg-options load_from=...'
         if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
             return f'holds weights only, no state of a training: {instead}'
+        if not {'mmdet_version', 'mmengine_version'} <= meta.keys():  # as recognise() tells
+            return f'is of another program, which orders the state of parameters otherwise: {instead}'
         by_epoch = isinstance(self.train_loop, EpochBasedTrainLoop)
         unit, end = ('epoch', self.max_epochs) if by_epoch else ('iter', self.max_iters)
         if meta[unit] >= end:
             return (f'is at {unit} {meta[unit]} of {end}, nothing is left to train: '
                     f'raise train_cfg.max_{unit}s')
-        if not _same_settings((content['optimizer'] or {}).get('param_groups') or [],
-                              self.optim_wrapper.optimizer.param_groups):
+        if not _of_this_optimizer(content['optimizer'] or {}, self.optim_wrapper.optimizer.param_groups):
             return f'has the state of another optimizer, or of other parameters: {instead}'
         schedules: list[Any] = self.param_schedulers or []
         if any(isinstance(schedule, ReduceOnPlateauParamScheduler) for schedule in schedules):
@@ -301,11 +308,16 @@ class DetectionRunner(Runner):
                     scheduler.step()
 
 
-def _same_settings(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> bool:
-    """Whether saved ``param_groups`` are of the optimizer that has ``groups``.
+def _of_this_optimizer(saved: dict[str, Any], groups: list[dict[str, Any]]) -> bool:
+    """Whether a saved state is of the optimizer that has ``groups``; PyTorch itself checks no shapes.
 
     A release of PyTorch adds settings, another optimizer has others.
     """
-    return len(saved) == len(groups) and all(
+    given = saved.get('param_groups') or []
+    same = len(given) == len(groups) and all(
         len(a['params']) == len(b['params']) and not (a.keys() - b.keys() and b.keys() - a.keys())
-        for a, b in zip(saved, groups))
+        for a, b in zip(given, groups))
+    parameters = [parameter for group in groups for parameter in group['params']]
+    return same and all(
+        value.shape in ((), parameters[i].shape) for i, state in saved.get('state', {}).items()
+        for value in state.values() if isinstance(value, torch.Tensor))

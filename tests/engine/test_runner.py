@@ -224,6 +224,22 @@ def test_a_checkpoint_within_an_epoch_starts_that_epoch_again(toy_runner, tmp_pa
         toy_runner('over', load_from=str(folder / 'iter_24.pth'), resume=True, **options).train()
 
 
+def test_the_best_checkpoint_at_the_end_of_an_epoch_counts_it_once(toy_runner, tmp_path: Path) -> None:
+    checkpoint = dict(by_epoch=False, interval=6, save_best='toy/mean', rule='greater')
+    options = dict(default_hooks__checkpoint=checkpoint, train_cfg__max_epochs=1)
+    toy_runner('a', **options).train()
+    for name in ('iter_6', 'best_toy_mean_iter_6'):
+        meta = load_file(tmp_path / 'a' / f'{name}.pth')['meta']
+        assert (meta['epoch'], meta['iter'], meta.get('batches', 0)) == (1, 6, 0)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_settings_of_worker_processes_count_where_there_are_some(toy_runner, workers: int) -> None:
+    loader = toy_runner('a', train_dataloader__persistent_workers=True, train_dataloader__prefetch_factor=3,
+                        train_dataloader__num_workers=workers).train_dataloader
+    assert (loader.persistent_workers, loader.prefetch_factor) == (bool(workers), 3 if workers else None)
+
+
 def test_a_finished_training_by_iteration_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
     options = dict(train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2),
                    default_hooks__checkpoint=dict(by_epoch=False, interval=2))
@@ -243,6 +259,21 @@ def test_another_training_cannot_be_resumed(toy_runner, tmp_path: Path, options:
     toy_runner('a', train_cfg__max_epochs=1, **average).train()
     with pytest.raises(ValueError, match=message):
         toy_runner('b', load_from=str(tmp_path / 'a/epoch_1.pth'), resume=True, **average | options).train()
+
+
+def test_a_checkpoint_of_another_program_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:
+    """mmdetection orders the parameters of a box head otherwise, and PyTorch compares no shapes."""
+    toy_runner('a', train_cfg__max_epochs=1).train()
+    content = load_file(tmp_path / 'a' / 'epoch_1.pth')
+    state = content['optimizer']['state']
+    state[0], state[1] = state[1], state[0]
+    save_checkpoint(content, tmp_path / 'mixed.pth')
+    with pytest.raises(ValueError, match='state of another optimizer, or of other parameters'):
+        toy_runner('b', load_from=str(tmp_path / 'mixed.pth'), resume=True).train()
+    del content['meta']['mmdet_version']
+    save_checkpoint(content, tmp_path / 'foreign.pth')
+    with pytest.raises(ValueError, match='is of another program, which orders .*: start from its weights'):
+        toy_runner('c', load_from=str(tmp_path / 'foreign.pth'), resume=True).train()
 
 
 def test_an_epoch_of_other_batches_leaves_the_schedule_by_iterations_in_its_place(

@@ -16,15 +16,20 @@ from mmdet.registry import HOOKS
 class CheckpointHook(mmengine.hooks.CheckpointHook):
     """mmengine's, but an old checkpoint is removed only when the new one is whole on disk.
 
-    All processes go on with the buffers of the first, which are those in the file. ``meta['batches']`` of one
-    that is written within an epoch (``by_epoch=False``) says how many of its batches are done.
+    That of ``save_best`` goes before, while the last one still has the best weights. All processes go on with
+    the buffers of the first, which are those in the file. ``meta['batches']`` of one that is written within
+    an epoch (``by_epoch=False``) says how many of its batches are done.
     """
 
-    batches = 0
+    batches = 0  # done in the epoch that ``runner.epoch`` counts
 
     def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         self.batches = batch_idx + 1
         super().after_train_iter(runner, batch_idx, *args, **kwargs)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        super().after_train_epoch(runner)
+        self.batches = 0  # for a best checkpoint, which is written when the next epoch counts
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         broadcast_buffers(runner.model)
