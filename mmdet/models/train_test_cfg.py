@@ -47,7 +47,7 @@ class RCNNTestConfig(TypedDict, total=False):
     """Which boxes are detections.
 
     Of those that score above ``score_thr`` and survive their class's NMS, the best ``max_per_img``
-    stay (-1: all). From a probability of ``mask_thr_binary`` on, a pixel belongs to the mask.
+    stay (-1: all). From a probability of ``mask_thr_binary`` (default: 0.5) on, a pixel belongs to the mask.
     """
 
     score_thr: Required[float]

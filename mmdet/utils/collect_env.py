@@ -1,5 +1,6 @@
 """What this machine has of all that mmdet needs: `python -m mmdet.utils.collect_env`."""
 import importlib
+import importlib.metadata
 import os
 import platform
 import shutil

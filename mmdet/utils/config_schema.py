@@ -157,13 +157,13 @@ _Evaluator = Annotated[dict, Built('EVALUATOR', default='Evaluator')]
 _Scheduler = Annotated[
     dict, Built('PARAM_SCHEDULERS', given=('optimizer', 'epoch_length', 'param_name'), extra=SchedulerKeys)]
 
-# Every top-level key that the runner or a tool reads. Any other name is a helper variable.
+# Every top-level key that the runner or a tool reads. Other names, but OLD_KEYS, are helper variables.
 RUNNER_KEYS: dict[str, Any] = {
     'model': _Model,
     'data_preprocessor': _Model | None,
     'model_wrapper_cfg': Annotated[
         dict, Built('MODEL_WRAPPERS', 'MMDistributedDataParallel', ('module', 'device_ids'))] | None,
-    'tta_model': _Model | None,
+    'tta_model': type(None),  # there is no test-time augmentation
     'train_dataloader': _loader() | None,
     'val_dataloader': _loader() | None,
     'test_dataloader': _loader() | None,
@@ -194,6 +194,24 @@ RUNNER_KEYS: dict[str, Any] = {
     'compile': bool | dict[str, Any],
     'activation_checkpointing': type(None),  # mmengine's loses gradients; model.backbone.with_cp does not
     'efficient_conv_bn_eval': str | list[str] | None,
+    'legacy_2019': bool,
+}
+
+# Of mmdetection 1.x and 2.x: what says the same here.
+OLD_KEYS: dict[str, str] = {
+    'data': 'train_dataloader, val_dataloader and test_dataloader',
+    'optimizer': 'optim_wrapper.optimizer',
+    'optimizer_config': 'optim_wrapper.clip_grad',
+    'fp16': '--amp',
+    'lr_config': 'param_scheduler',
+    'total_epochs': 'train_cfg.max_epochs',
+    'runner': 'train_cfg',
+    'workflow': 'train_cfg and --validate',
+    'evaluation': 'val_evaluator and --validate',
+    'checkpoint_config': 'default_hooks.checkpoint',
+    'log_config': 'default_hooks.logger and visualizer',
+    'dist_params': 'env_cfg.dist_cfg',
+    'resume_from': '--resume_from, or resume=True with load_from',
 }
 
 # Least values of numbers, whole ones where the least is, that libraries take unseen and fail on later.

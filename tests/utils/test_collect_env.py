@@ -62,6 +62,16 @@ def test_finds_nvcc_in_cuda_home_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert env.cuda_compiler().endswith(f'({pip})')
 
 
+def test_runs_where_nothing_is_installed(tmp_path: Path) -> None:
+    (tmp_path / 'pycocotools.py').touch()  # a package that does not say its version
+    code = (f'import runpy; env = runpy.run_path({env.__file__!r})["collect_env"]()\n'
+            'print(env["pycocotools"], env["GPU"], env["mmdet._C"], sep="; ")')
+    run = subprocess.run([sys.executable, '-S', '-c', code], capture_output=True, text=True, cwd=tmp_path,
+                         env={'PYTHONPATH': str(tmp_path)})
+    assert (run.stdout.strip(), run.stderr) == (
+        'unknown version; unknown without torch; cannot be loaded without torch: run ./compile.sh', '')
+
+
 def test_runs_as_a_module() -> None:
     command = [sys.executable, '-m', 'mmdet.utils.collect_env']
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -30,9 +30,14 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     """The normalisation layer of ``cfg`` for ``channels`` channels.
 
     Raises:
-        ValueError: 'ApexSyncBN' without NVIDIA apex.
+        ValueError: 'ApexSyncBN' without NVIDIA apex, 'GN' without ``num_groups``, a setting of another type.
     """
     options: dict[str, Any] = {k: v for k, v in cfg.items() if k not in ('type', 'requires_grad')}
+    known = {'num_groups', 'eps'} if cfg['type'] == 'GN' else {'momentum', 'eps'}
+    if cfg['type'] == 'GN' and 'num_groups' not in options:
+        raise ValueError("norm_cfg.type='GN' needs norm_cfg.num_groups, which divides the channels: 32")
+    if unknown := options.keys() - known:
+        raise ValueError(f'norm_cfg.{min(unknown)}: {cfg["type"]} has {" and ".join(sorted(known))} alone')
     if cfg['type'] == 'GN':
         layer: nn.Module = nn.GroupNorm(num_channels=channels, **options)
     elif cfg['type'] == 'ApexSyncBN':

@@ -64,4 +64,4 @@ class StandardRoIHead(nn.Module):
         mask_heads = [self.mask_head] if self.mask_head is not None else []
         return results_of(
             features, detections, samples, self.mask_roi_extractor, mask_heads,
-            self.test_cfg['mask_thr_binary'])
+            self.test_cfg.get('mask_thr_binary', 0.5))

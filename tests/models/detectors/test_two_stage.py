@@ -42,6 +42,8 @@ def test_a_training_step_reaches_every_parameter(
 @pytest.mark.parametrize('changes', [(), NO_MASKS], ids=['Mask R-CNN', 'Faster R-CNN'])
 def test_results(build: Callable, make_batch: Callable, samples: list, changes: tuple) -> None:
     model = build(*changes, *EAGER).eval()
+    if changes:
+        del model.roi_head.test_cfg['mask_thr_binary']
     samples[0].ori_shape, samples[0].scale_factor = (32, 192), (0.5, 2.0)
     with torch.no_grad():
         results = model.test_step(make_batch(*samples))
