@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import mmengine.dataset
 import numpy as np
 import torch
 from mmengine.dataset import BaseDataset
@@ -84,7 +85,7 @@ class CocoDataset(BaseDataset):
         indices: use the first n (last n if negative) images only, or those at these positions.
         serialize_data: keep the annotations as bytes, which worker processes share.
         pipeline: transforms, as configs or callables.
-        test_mode: keep all images.
+        test_mode: keep all images; the file may lack ``annotations``, as COCO's test sets do.
         lazy_init: read no file until ``full_init()``.
 
     Raises:
@@ -184,7 +185,7 @@ class CocoDataset(BaseDataset):
         Left out, as in mmdetection 3.3: annotations marked ``ignore``, of no area, with a side below
         1 pixel or wholly outside the image. How many is logged.
         """
-        content = read_annotation_file(self.ann_file, pack_polygons)
+        content = read_annotation_file(self.ann_file, pack_polygons, annotated=not self.test_mode)
         cat_ids = category_ids(content['categories'], self._metainfo['classes'], self.ann_file)
         self._metainfo.update(cat_ids=cat_ids, ann_file=os.path.abspath(self.ann_file))
         labels: dict[int, int | None] = {category['id']: None for category in content['categories']}
@@ -248,6 +249,19 @@ class CocoDataset(BaseDataset):
         if empty or small:
             print_log(f'{self.ann_file}: {len(kept)} images used; left out: {dropped}', 'current')
         return kept
+
+
+@DATASETS.register_module()
+class ConcatDataset(mmengine.dataset.ConcatDataset):
+    """mmengine's; the data sets may be of several annotation files, with the same classes.
+
+    It is for training: an evaluation is of one annotation file.
+    """
+
+    def __init__(self, datasets: Sequence[BaseDataset | dict], lazy_init: bool = False,
+                 ignore_keys: str | Sequence[str] = ('ann_file', 'cat_ids')) -> None:
+        keys = [ignore_keys] if isinstance(ignore_keys, str) else list(ignore_keys)
+        super().__init__(datasets, lazy_init, keys)
 
 
 def _check_keys(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 
 def read_annotation_file(
-    ann_file: str | Path, object_hook: Callable[[dict[str, Any]], Any] | None = None
+    ann_file: str | Path, object_hook: Callable[[dict[str, Any]], Any] | None = None, annotated: bool = True
 ) -> dict[str, Any]:
     """The parsed file: a dict with ``images``, ``annotations`` and ``categories``.
 
     Args:
         object_hook: what to make of each JSON object, as in ``json.loads``.
+        annotated: whether ``annotations`` have to be there; else they are an empty list where they are not.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,6 +27,8 @@ def read_annotation_file(
         content = json.loads(path.read_text('utf-8-sig'), object_hook=object_hook)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f'{ann_file} is not a JSON file: {error}') from None
+    if isinstance(content, dict) and not annotated:
+        content.setdefault('annotations', [])
     for key in ('images', 'annotations', 'categories'):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f'{ann_file} is not an annotation file in COCO\'s format: no list {key!r} in it')

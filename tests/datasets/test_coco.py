@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 from pycocotools.coco import COCO
 
 from mmdet.datasets import coco
 from mmdet.datasets.coco import COCO_CLASSES, CocoDataset
+from mmdet.registry import DATASETS
 
 
 def change_json(path: str, change: Callable[[dict], None]) -> None:
@@ -204,6 +206,29 @@ def test_wrong_class_names_show_both_sets_and_the_nearest(make_coco):
 def test_wrong_arguments(make_coco, changes, message):
     with pytest.raises(ValueError, match=message):
         CocoDataset(**make_coco([{}]) | changes)
+
+
+def test_a_test_set_has_no_annotations(make_coco, tmp_path):
+    args = make_coco([{}])
+    change_json(tmp_path, lambda content: content.pop('annotations'))
+    dataset = CocoDataset(**args, test_mode=True)
+    assert [dataset.get_data_info(i)['instances'] for i in range(len(dataset))] == [[], [], []]
+    with pytest.raises(ValueError, match="ann.json is not .*: no list 'annotations' in it"):
+        CocoDataset(**args)
+
+
+def test_concatenation_of_annotation_files(make_coco, tmp_path):
+    args = make_coco([{}, {}])
+    content = json.loads((tmp_path / 'ann.json').read_text())
+    (tmp_path / 'second.json').write_text(json.dumps(content | dict(images=content['images'][:1])))
+    parts = [dict(args, type='CocoDataset', ann_file=name) for name in ('ann.json', 'second.json')]
+    with DefaultScope.overwrite_default_scope('mmdet'):  # as in a training
+        dataset = DATASETS.build(dict(type='ConcatDataset', datasets=parts))
+        assert len(dataset) == 4 and dataset.metainfo['classes'] == args['metainfo']['classes']
+        assert dataset[3]['img_id'] == 0 and len(dataset[3]['instances']) == 2
+        parts[1]['metainfo'] = dict(classes=('dog', 'cat', 'traffic light'))
+        with pytest.raises(ValueError, match='does not match meta information of the first'):
+            DATASETS.build(dict(type='ConcatDataset', datasets=parts))
 
 
 def test_missing_files(make_coco, tmp_path):

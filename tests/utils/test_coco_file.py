@@ -37,3 +37,11 @@ def test_what_is_read(tmp_path: Path, mark: str) -> None:
     assert read_annotation_file(tmp_path / 'gt.json') == GOOD
     packed = read_annotation_file(str(tmp_path / 'gt.json'), pack_polygons)
     assert packed['annotations'][0]['segmentation'] == [array('d', [0.5, 1, 2, 3, 4, 5])]
+
+
+def test_annotations_need_not_be_there(tmp_path: Path) -> None:
+    (tmp_path / 'gt.json').write_text('{"images": [], "categories": []}')
+    assert read_annotation_file(tmp_path / 'gt.json', annotated=False)['annotations'] == []
+    (tmp_path / 'gt.json').write_text('[]')
+    with pytest.raises(ValueError, match="no list 'images' in it"):
+        read_annotation_file(tmp_path / 'gt.json', annotated=False)
