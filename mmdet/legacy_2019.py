@@ -34,7 +34,7 @@ LAST_PIXEL = (0.0, 0.0, 1.0, 1.0)
 
 def legacy_2019(cfg: Config) -> Config:
     """The config with everything in it that 2019 did otherwise; ``cfg`` itself is left alone."""
-    if cfg.get('legacy_2019'):
+    if cfg.model.rpn_head.anchor_generator.type == 'AnchorGenerator2019':
         return cfg
     cfg = deepcopy(cfg)
     cfg.legacy_2019 = True
@@ -65,7 +65,8 @@ def legacy_2019(cfg: Config) -> Config:
                 transform.type += '2019'
     if cfg.get('optim_wrapper'):
         cfg.optim_wrapper.clip_grad = dict(max_norm=35, norm_type=2)
-    for scheduler in cfg.get('param_scheduler') or []:
+    schedulers = cfg.get('param_scheduler') or []
+    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         if scheduler.type == 'LinearLR':
             # One more than the iterations of warm-up: mmengine reaches the full rate at end - 1.
             scheduler.update(start_factor=1 / 3, end=501)

@@ -18,6 +18,7 @@ from mmengine.optim import LinearLR
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from mmdet.apis import init_detector
 from mmdet.legacy_2019 import (
     LAST_PIXEL,
     AnchorGenerator2019,
@@ -256,7 +257,17 @@ def test_the_config_is_left_alone_and_the_new_one_checks(tmp_path: Path) -> None
         assert changed.test_dataloader.dataset.pipeline[1].type == 'Resize2019'
         assert changed.optim_wrapper.clip_grad == dict(max_norm=35, norm_type=2)
         changed.dump(tmp_path / path.name)  # as a training leaves it in its folder
-        assert load_config(tmp_path / path.name).legacy_2019
+        again = load_config(tmp_path / path.name)
+        assert again.legacy_2019 and legacy_2019(again) is again
+
+
+def test_the_key_of_a_config_asks_for_the_numerics_too(tmp_path: Path) -> None:
+    text = f"_base_ = '{GCNET / 'mask_rcnn_r50_fpn_1x.py'}'\nlegacy_2019 = True\n"
+    text += "param_scheduler = dict(_delete_=True, type='LinearLR', start_factor=0.1, end=9)\n"
+    (tmp_path / 'old.py').write_text(text)
+    cfg = init_detector(tmp_path / 'old.py', cfg_options={'model.backbone.pretrained': None}).cfg
+    assert cfg.model.roi_head.bbox_roi_extractor.shift == 0.5
+    assert cfg.param_scheduler.end == 501
 
 
 def test_multi_scale_training_in_a_wrapped_data_set() -> None:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     hardware = setup_cpu()
     cfg = load_config(args.config, args.cfg_options)
     recognised_2019 = load_meta(args.checkpoint, args.trust_checkpoint).get('legacy_2019')
-    if args.legacy_2019 or recognised_2019:
+    if args.legacy_2019 or cfg.get('legacy_2019') or recognised_2019:
         cfg = legacy_2019(cfg)
     cfg.launcher = launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
@@ -103,12 +103,15 @@ def set_test(cfg: Config, args: argparse.Namespace) -> None:
     cfg.val_evaluator = cfg.optim_wrapper = cfg.param_scheduler = cfg.load_from = None
     cfg.resume = False
     # The first of several is the one that the flags are for.
-    evaluator = cfg.test_evaluator[0] if isinstance(cfg.test_evaluator, list) else cfg.test_evaluator
-    evaluator.update(metric=args.eval, out=args.out, outfile_prefix=args.json_prefix)
-    if args.eval_backend:
-        evaluator.eval_backend = args.eval_backend
-    # A checkpoint's weights are the averages already.
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'EMAHook']
+    evaluator = cfg.test_evaluator
+    if isinstance(evaluator, dict):
+        evaluator = evaluator.get('metrics', evaluator)  # of an Evaluator
+    evaluator = evaluator[0] if isinstance(evaluator, list) else evaluator
+    given = dict(out=args.out, outfile_prefix=args.json_prefix, eval_backend=args.eval_backend)
+    evaluator.update({key: value for key, value in given.items() if value}, metric=args.eval)
+    # A checkpoint's weights are the averages already; there is nothing to stop.
+    training = ('EMAHook', 'EarlyStoppingHook')
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] not in training]
     if args.show_dir:
         cfg.custom_hooks.append(dict(type='DrawHook', out_dir=args.show_dir))
 

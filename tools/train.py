@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     meta = set_start(cfg, args.resume_from, args.trust_checkpoint)
     seed_from = set_seed(cfg, args.seed, meta)
-    if args.legacy_2019 or meta.get('legacy_2019'):
+    if args.legacy_2019 or cfg.get('legacy_2019') or meta.get('legacy_2019'):
         cfg = legacy_2019(cfg)
     set_evaluation(cfg, args.validate)
     set_precision(cfg, args.amp)

@@ -47,7 +47,7 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
         cfg = load_config(config, cfg_options)
     content = None if checkpoint is None else load_file(checkpoint)
     meta: dict[str, Any] = content['meta'] if content else {}
-    if meta.get('legacy_2019'):
+    if cfg.get('legacy_2019') or meta.get('legacy_2019'):
         cfg = legacy_2019(cfg)
     given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
     model = MODELS.build(given | cfg.model)

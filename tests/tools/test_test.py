@@ -45,15 +45,27 @@ def test_half_precision_comes_near(run_toy, checkpoint: Path, tmp_path: Path) ->
 
 
 def test_several_metrics_and_averaged_weights(run_toy, checkpoint: Path, tmp_path: Path) -> None:
-    """The flags are for the first metric, and a config may have the hook that averaged the weights."""
+    """The flags are for the first metric; hooks that are for training, as averaging, do nothing."""
     plain = run_toy('tools/test.py', TOY, checkpoint, '--out', 'plain.pkl', **ON_CPU)
     config = tmp_path / 'list.py'
-    config.write_text(f"_base_ = '{TOY}'\ncustom_hooks = [dict(type='EMAHook')]\n"
+    config.write_text(f"_base_ = '{TOY}'\ncustom_hooks = [dict(type='EMAHook'), "
+                      "dict(type='EarlyStoppingHook', monitor='toy/mean')]\n"
                       "test_evaluator = [dict(type='ToyMetric'), dict(type='ToyMetric', prefix='second')]\n")
     done = run_toy('tools/test.py', config, checkpoint, '--out', 'r.pkl', **ON_CPU)
     assert (plain.returncode, done.returncode) == (0, 0), plain.stderr + done.stderr
     assert 'toy/mean: ' in done.stdout and 'second/mean: ' in done.stdout
     assert (tmp_path / 'r.pkl').read_bytes() == (tmp_path / 'plain.pkl').read_bytes()
+
+
+def test_an_evaluator_keeps_what_no_flag_changes(run_toy, checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / 'own.py'
+    config.write_text(f"_base_ = '{TOY}'\ntest_evaluator = dict(_delete_=True, type='Evaluator', "
+                      "metrics=dict(type='ToyMetric', out='own.pkl'))\n")
+    done = run_toy('tools/test.py', config, checkpoint, '--eval', 'bbox', **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert len(eval((tmp_path / 'own.pkl').read_bytes())) == 5
+    done = run_toy('tools/test.py', config, checkpoint, '--out', 'r.pkl', **ON_CPU)
+    assert (tmp_path / 'r.pkl').read_bytes() == (tmp_path / 'own.pkl').read_bytes()
 
 
 def test_folded_batch_norms_give_the_same_up_to_rounding(run_toy, checkpoint: Path, tmp_path: Path) -> None:
