@@ -133,6 +133,9 @@ build() {
     ask 'fingerprint()' > build/fingerprint
 }
 
+[ "$(ask 'installed("mmdet")')" = None ] ||
+    fail "OpenMMLab's mmdet is installed in $environment, and Python would import it instead of this one:" \
+        "run 'pip uninstall mmdet' there, or use a fresh environment"
 if [ "$(ask 'up_to_date()')" = True ]; then
     say 'nothing has changed since the last set-up'
 else

@@ -173,6 +173,15 @@ def test_compile_names_an_unsuitable_python(version: str, tmp_path: Path) -> Non
                     'name another one with PYTHON=...')
 
 
+def test_compile_refuses_to_stand_beside_another_mmdet(tmp_path: Path) -> None:
+    folder = tmp_path / 'mmdet-3.3.0.dist-info'
+    folder.mkdir()
+    (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: mmdet\nVersion: 3.3.0\n')
+    line = error_of(run('./compile.sh', PYTHON=sys.executable, PYTHONPATH=str(tmp_path)))
+    assert line == (f"error: OpenMMLab's mmdet is installed in {sys.prefix}, and Python would import it "
+                    "instead of this one: run 'pip uninstall mmdet' there, or use a fresh environment")
+
+
 def test_compile_names_a_missing_python() -> None:
     line = error_of(run('./compile.sh', PYTHON='/nonexistent/python'))
     assert line.startswith('error: there is no /nonexistent/python: ')
