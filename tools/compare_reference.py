@@ -11,6 +11,7 @@ what the file does not record, and exits with 1 if anything differs.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
 from reference_file import Arrays, apply_edits, build_model, load_arrays, load_batch, read_json
 from torch import Tensor, nn
 
+from mmdet.engine.launch import add_cfg_options, parse_args, run_tool
 from mmdet.models.layers.deform_conv import DeformConv2d
 from mmdet.structures.boxes import Proposals, box_iou
-from mmdet.utils.config import CfgOptions, load_config
+from mmdet.utils.config import load_config
 
 # (features and maps in standard deviations, losses relative, gradient norms relative, score)
 BOUNDS = {torch.float32: (1e-5, 1e-5, 1e-3, 1e-4), torch.float64: (1e-9, 1e-9, 1e-9, 1e-9)}
@@ -292,35 +294,29 @@ def compare(config: str, reference_path: Path, dtype: torch.dtype | None = None,
     return out
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('reference', type=Path, help='JSON with what mmdetection 3.3 computes')
     parser.add_argument('--dtype', choices=['float32', 'float64'], help="default: the reference's")
-    parser.add_argument('--cfg-options', '--cfg_options', nargs='+', action=CfgOptions, metavar='KEY=VALUE')
-    args = parser.parse_args()
+    add_cfg_options(parser)
+    args = parse_args(parser, argv)
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        out = compare(args.config, args.reference, dtype, args.cfg_options)
-    except (ValueError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
+    out = compare(args.config, args.reference, dtype, args.cfg_options)
     print(out.table())
     if out.absent:
         print(f'not recorded, so not compared: {", ".join(out.absent)}')
     if out.failed:
         print(f'{len(out.failed)} of {len(out.rows)} comparisons differ: {", ".join(out.failed)}')
-        return 1
+        sys.exit(1)
     if not out.rows:
-        print('nothing was compared')
-        return 1
+        raise ValueError(f'{args.reference} records nothing that could be compared')
     print(f'all {len(out.rows)} comparisons agree')
-    return 0
 
 
 if __name__ == '__main__':
     # The recorded losses hold float32 logarithms, which MKL rounds according to the CPU unless it is told
     # otherwise before its first call.
     os.environ.setdefault('MKL_CBWR', 'COMPATIBLE')
-    sys.exit(main())
+    run_tool(main)

@@ -1,24 +1,19 @@
 """Print a config with its bases and options merged, as a config file that loads again."""
 
 import argparse
-import sys
+from collections.abc import Sequence
 
-from mmdet.utils.config import CfgOptions, ConfigError, load_config
+from mmdet.engine.launch import add_cfg_options, parse_args, run_tool
+from mmdet.utils.config import load_config
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--cfg-options', '--cfg_options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
-                        help='override keys: model.backbone.depth=101')
-    args = parser.parse_args()
-    try:
-        print(load_config(args.config, args.cfg_options).pretty_text)
-    except (ConfigError, FileNotFoundError, ImportError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+    add_cfg_options(parser)
+    args = parse_args(parser, argv)
+    print(load_config(args.config, args.cfg_options).pretty_text)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

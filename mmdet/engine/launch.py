@@ -39,8 +39,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
                         help='load a checkpoint even if it holds what could run code')
     parser.add_argument('--legacy_2019', action='store_true',
                         help='use the numerics and recipe of the 2019 code')
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg_options``, which all tools take that load a config."""
     parser.add_argument('--cfg_options', nargs='+', action=CfgOptions, default={}, metavar='KEY=VALUE',
-                        help='override settings of the config: a.b=c')
+                        help='override settings of the config: model.backbone.depth=101')
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
+from mmdet.engine.launch import run_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r50_fpn_1x.py'
 GCB = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
@@ -23,10 +25,12 @@ sys.path.remove(str(ROOT / 'tools'))
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command's exit code."""
-    def run_tool(*words: object) -> int:
-        monkeypatch.setattr(sys, 'argv', ['compare_reference.py', *map(str, words)])
-        return tool.main()
-    return run_tool
+    def exit_code(*words: object) -> int:
+        monkeypatch.setattr(sys, 'argv', [tool.__file__, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            run_tool(tool.main)
+        return end.value.code or 0
+    return exit_code
 
 
 @pytest.mark.shared('reference')
@@ -245,4 +249,4 @@ def test_the_command_says_what_was_not_compared(
         'not recorded, so not compared: detections', 'all 1 comparisons agree']
     monkeypatch.setattr(tool, 'compare', lambda *args: tool.Comparison())
     assert run(PLAIN, tmp_path / 'a.json') == 1
-    assert 'nothing' in capsys.readouterr().out
+    assert 'records nothing that could be compared' in capsys.readouterr().err

@@ -8,7 +8,6 @@ one image of the shape, with so many RoIs in the box heads and 100 in the mask h
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,9 @@ from terminaltables import AsciiTable
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdet.engine.launch import add_cfg_options, parse_args, run_tool
 from mmdet.registry import MODELS
-from mmdet.utils.config import CfgOptions, load_config
+from mmdet.utils.config import load_config
 
 PARTS = ('backbone', 'neck', 'rpn_head', 'roi_head')
 MASK_ROIS = 100
@@ -79,31 +79,25 @@ def build(cfg: Config) -> nn.Module:
         return MODELS.build(cfg.model).eval()
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='+', metavar='CONFIG')
     parser.add_argument('--shape', nargs=2, type=int, default=(1280, 800), metavar=('WIDTH', 'HEIGHT'))
     parser.add_argument('--rois', type=int, default=1000)
-    parser.add_argument('--cfg-options', '--cfg_options', nargs='+', action=CfgOptions, default={},
-                        metavar='KEY=VALUE', help='override settings of every config')
-    args = parser.parse_args()
+    add_cfg_options(parser)
+    args = parse_args(parser, argv)
     rows = [['config', 'parameters (M)', 'context blocks (M)', 'over the first (M)', 'multiply-adds (G)']]
     first = None
     for config in args.configs:
-        try:
-            model = build(load_config(config, args.cfg_options))
-            parameters = count_parameters(model)
-            multiply_adds = count_multiply_adds(model, *args.shape, args.rois)
-        except (ValueError, OSError) as error:
-            print(f'error: {error}', file=sys.stderr)
-            return 1
+        model = build(load_config(config, args.cfg_options))
+        parameters = count_parameters(model)
+        multiply_adds = count_multiply_adds(model, *args.shape, args.rois)
         first = first or parameters['all']
         rows.append([config, f'{parameters["all"] / 1e6:.3f}', f'{parameters["context"] / 1e6:.3f}',
                      f'{(parameters["all"] - first) / 1e6:+.3f}', f'{multiply_adds / 1e9:.1f}'])
     print(AsciiTable(rows).table)
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)
