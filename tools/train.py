@@ -30,8 +30,9 @@ from mmdet.utils.env import setup_cpu
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description='Train a detector.')
     parser.add_argument('config', help='config file')
-    parser.add_argument('--validate', type=int, nargs='?', const=1, default=0, metavar='K',
-                        help='evaluate on the validation set every K epochs (default 1) and after the last')
+    parser.add_argument('--validate', type=int, nargs='?', const=True, default=0, metavar='K',
+                        help='evaluate on the validation set every K epochs, or iterations where the config '
+                             'counts these (default: train_cfg.val_interval), and after the last')
     parser.add_argument('--resume_from', metavar='CHECKPOINT',
                         help="go on from this checkpoint; 'auto': from the last one in the work_dir")
     parser.add_argument('--seed', type=int, help='seed of all random numbers (default: random, and logged)')
@@ -86,16 +87,13 @@ def check_compiler() -> None:
                                 'or name it with CXX=...')
 
 
-def set_evaluation(cfg: Config, interval: int) -> None:
-    """Evaluate every ``interval`` epochs; 0: never."""
+def set_evaluation(cfg: Config, interval: int | bool) -> None:
+    """Evaluate every ``interval`` epochs or iterations; True: as the config says; 0: never."""
     if interval < 0:
         raise ValueError(f'--validate {interval}: a number of epochs is needed')
-    if interval and cfg.train_cfg.get('max_iters'):
-        raise ValueError('--validate counts epochs, and this config trains by iteration: evaluate by '
-                         '--cfg-options train_cfg.max_epochs=..., or remove train_cfg.max_iters')
-    if interval:
+    if interval and interval is not True:
         cfg.train_cfg.val_interval = interval
-    else:
+    if not interval:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
 
 

@@ -52,6 +52,19 @@ def test_no_evaluation_without_validate_and_a_default_work_dir(run_toy, tmp_path
     assert (tmp_path / 'work_dirs' / 'toy_config' / 'epoch_1.pth').is_file()
 
 
+@pytest.mark.parametrize('interval, evaluations', [([], 2), ([3], 2), ([9], 1)])
+def test_evaluation_in_training_by_iteration(
+    run_toy, tmp_path: Path, interval: list[int], evaluations: int
+) -> None:
+    """As often as the config says, or every K iterations; and after the last."""
+    config = tmp_path / 'iters.py'
+    config.write_text(f"_base_ = '{TOY}'\ntrain_cfg = dict(_delete_=True, type='IterBasedTrainLoop', "
+                      "max_iters=4, val_interval=2)\ndefault_hooks = dict(checkpoint=dict(by_epoch=False))\n")
+    done = run_toy('tools/train.py', config, '--validate', *interval, **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('toy/mean: ') == evaluations
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
