@@ -343,3 +343,8 @@ def test_compile_and_export(device, layout):
     for ours, theirs, third in zip(traced, eager, exported):
         torch.testing.assert_close(ours.grad, theirs.grad)
         torch.testing.assert_close(third.grad, theirs.grad)
+
+
+def test_a_wider_identity_is_added_before_rounding(device):
+    x, identity = (torch.full((1, 1, 1, 1), value, device=device) for value in (-60000.0, 70000.0))
+    assert context_fuse(x.half(), None, None, identity).item() == 10000

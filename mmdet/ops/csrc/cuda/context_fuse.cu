@@ -220,6 +220,10 @@ at::Tensor context_fuse(
     const std::optional<at::Tensor>& identity, bool relu) {
   check_context_fuse(x, scale, shift, identity);
   const c10::cuda::CUDAGuard guard(x.device());
+  const auto type = compute_type(x);
+  if (identity && identity->scalar_type() != x.scalar_type() && x.scalar_type() != type) {  // added before rounding
+    return context_fuse(x.to(type), scale, shift, identity, relu).to(x.scalar_type());
+  }
   const auto layout = layout_of(x);
   const auto features = x.contiguous(layout), mul = per_channel(scale, x), add = per_channel(shift, x);
   const auto other = identity ? cast(*identity, x.scalar_type()).contiguous(layout) : at::Tensor();

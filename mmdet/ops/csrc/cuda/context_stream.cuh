@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(
     total += __shfl_xor_sync(0xffffffff, total, 2);
     return total + __shfl_xor_sync(0xffffffff, total, 1);
   };
-  x += first * channels + (inside ? c : 0);
+  x += first * channels + c;
   Pack<T, kPack> w = {}, sum = {};
   T mean = 0;
   if (inside) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(
     Pack<scalar_t, kPack> packs[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // behind the last position that one once more, which weighs nothing
-      packs[i] = load<kPack>(x + min(start + i, width - 1) * channels);
+      packs[i] = inside ? load<kPack>(x + min(start + i, width - 1) * channels) : Pack<scalar_t, kPack>{};
     }
     const bool there = start + own < width;
     const T attention = kBackward && there ? results.attention[first + start + own] : T(0);

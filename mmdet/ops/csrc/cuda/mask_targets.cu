@@ -52,7 +52,9 @@ __global__ void mask_targets_kernel(
     double sum = 0;
     for (int j = 0; j < y.grid; ++j) {
       const auto tap = linear_tap(y.at(bin_y, j), height);
-      sum += tap.weight_low * row_sum(crop, tap.low, x, bin_x, width);
+      if (tap.weight_low != T(0)) {
+        sum += tap.weight_low * row_sum(crop, tap.low, x, bin_x, width);
+      }
       if (tap.weight_high != T(0)) {
         sum += tap.weight_high * row_sum(crop, tap.high, x, bin_x, width);
       }
