@@ -219,8 +219,8 @@ def extension():
         simd += ['-ffp-contract=off']
     cxx = ['-O3', '-std=c++20', '-Wall', '-Wno-unknown-pragmas', *openmp, *simd]
     flags = {'cxx': cxx, 'nvcc': ['-O3', '-std=c++20']}
-    common = dict(extra_compile_args=flags, extra_link_args=openmp, depends=sources('**/*.h'),
-                  py_limited_api=True)
+    common = dict(extra_compile_args=flags, extra_link_args=openmp, py_limited_api=True,
+                  depends=sources('**/*.h') + sources('**/*.cuh'))
     files = sources('*.cpp') + sources('cpu/*.cpp')
     if not home:
         return CppExtension('mmdet._C', files, **common)

@@ -34,6 +34,8 @@ def main() -> None:
         'mmdet': (roi_align, planes),
         'mmdet channels_last': (roi_align, cells),
     }
+    # On a GPU torchvision fuses the product and sum that place a sample: here a rounding of 3e-5 cells.
+    bound = 1e-5 if args.device == 'cpu' else 3e-4
     records = []
     for ratio in (2, 0):
         forward, backward, results = {}, {}, []
@@ -46,11 +48,11 @@ def main() -> None:
         for found in results:
             for part, expected in zip(found, results[0]):
                 scale = expected.abs().max().item()
-                torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-5 * scale)
+                torch.testing.assert_close(part, expected, rtol=bound, atol=bound * scale)
         case = 'adaptive samples' if ratio == 0 else f'{ratio} x {ratio} samples'
         records += compare(f'{case}, forward', forward, args.rounds)
         records += compare(f'{case}, backward', backward, args.rounds)
-    print('outputs and gradients agree within 1e-5')
+    print(f'outputs and gradients agree within {bound:g}')
     write_json(args, records)
 
 

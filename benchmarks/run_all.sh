@@ -24,7 +24,7 @@ run() {  # SCRIPT NAME [FLAG]...
 
 others=(${MMDETECTION:+--mmdetection "$MMDETECTION"} ${DETECTRON2:+--detectron2 "$DETECTRON2"})
 device=(--device "${DEVICE:-cpu}")
-for name in memory roi_align deform_conv nms masks mask_targets; do
+for name in memory roi_align nms masks mask_targets; do
     run "$name" "$name" "${device[@]}"
 done
 
@@ -40,6 +40,7 @@ fi
 
 # Without instructions for it a step in bfloat16 takes minutes.
 half=$("$python" -c 'import torch; print("bfloat16" * torch.cpu._is_avx512_bf16_supported())')
+run deform_conv deform_conv  # on a GPU torchvision's operator is used
 run context_block context_block
 run evaluation evaluation --case 1000 --rounds 3
 run evaluation evaluation_5000 --case 5000 --rounds 1
