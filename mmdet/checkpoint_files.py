@@ -87,8 +87,8 @@ def read_file(path: Path, map_location: str | torch.device = 'cpu', trust: bool 
         named = found[1] if found else ', '.join(types_named_in(path))
         if named and not trust:
             raise ValueError(f'checkpoint {path} was refused: it holds {named}, which could run code when '
-                             'loaded; if you trust its origin, --trust-checkpoint loads it, also into '
-                             'tools/convert_checkpoint.py, which makes a plain file of it') from None
+                             'loaded; if you trust its origin, --trust-checkpoint loads it; with that '
+                             'flag tools/convert_checkpoint.py makes a plain file of it') from None
         raise ValueError(f'{path} is not a checkpoint, or is damaged') from None
     except (PermissionError, MissingPackage):
         raise

@@ -34,8 +34,8 @@ LAST_PIXEL = (0.0, 0.0, 1.0, 1.0)
 
 def legacy_2019(cfg: Config) -> Config:
     """The config with everything in it that 2019 did otherwise; ``cfg`` itself is left alone."""
-    if cfg.model.rpn_head.anchor_generator.type == 'AnchorGenerator2019':
-        return cfg
+    if cfg.get('legacy_2019') and cfg.model.rpn_head.anchor_generator.type == 'AnchorGenerator2019':
+        return cfg  # as a training with these numerics leaves it
     cfg = deepcopy(cfg)
     cfg.legacy_2019 = True
     model = cfg.model

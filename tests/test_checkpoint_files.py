@@ -85,8 +85,8 @@ def test_planted_code_does_not_run(tmp_path: Path, protocol: int, write: Callabl
     assert not victim.exists()
     assert str(error.value).startswith(f'checkpoint {path} was refused: it holds ')
     assert str(error.value).endswith(', which could run code when loaded; if you trust its origin, '
-                                     '--trust-checkpoint loads it, also into tools/convert_checkpoint.py, '
-                                     'which makes a plain file of it')
+                                     '--trust-checkpoint loads it; with that flag '
+                                     'tools/convert_checkpoint.py makes a plain file of it')
     # A bare pickle of a tensor is itself a call of torch's loader.
     assert re.search('posix.system|torch.storage._load_from_bytes', str(error.value))
     with suppress(ValueError):  # it need not be a checkpoint

@@ -100,10 +100,10 @@ def test_roi_levels(units: dict[str, Any]) -> None:
     case = units['roi_levels']
     rois = torch.tensor(case['rois'])
     rois[:, 1:] += torch.tensor(LAST_PIXEL)
-    levels = [torch.full((1, 1, 1, 1), float(i)) for i in range(4)]
+    levels = [torch.full((1, 1, 1, 1), i + 1.0) for i in range(4)]
     layer = dict(type='RoIAlign', output_size=1, sampling_ratio=1)
     extractor = SingleRoIExtractor(layer, 1, [10_000] * 4)  # all samples are in a level's one cell
-    assert extractor(levels, rois).flatten().tolist() == case['levels']
+    assert (extractor(levels, rois) - 1).flatten().tolist() == case['levels']
 
 
 def test_roi_align(units: dict[str, Any]) -> None:

@@ -68,8 +68,9 @@ class CocoDataset(BaseDataset):
     ``instances`` (dicts with ``bbox`` xyxy in pixels, ``bbox_label``, ``ignore_flag`` (1: crowd) and
     ``mask``: RLE or list of polygons, which are ``array('d')``) and ``rng``, a NumPy Generator seeded by
     (seed, epoch, index of the item), from which transforms draw. So augmentation depends neither on the
-    number of workers or processes nor on the order of loading, and copies of an image in one epoch
-    (RepeatDataset) are alike.
+    number of workers or processes nor on the order of loading. Copies of an image in one epoch
+    (RepeatDataset) are alike, and the same is drawn for images at the same place of several data sets
+    (ConcatDataset).
 
     ``metainfo`` has ``classes``, ``palette`` (an RGB colour per class), ``cat_ids`` (the file's category
     id per class) and ``ann_file`` (absolute path). A label is a position in ``classes``.
@@ -253,15 +254,23 @@ class CocoDataset(BaseDataset):
 
 @DATASETS.register_module()
 class ConcatDataset(mmengine.dataset.ConcatDataset):
-    """mmengine's; the data sets may be of several annotation files, with the same classes.
+    """mmengine's; to train on several annotation files with the same classes.
 
-    It is for training: an evaluation is of one annotation file.
+    Args:
+        ignore_keys: what else may differ in the ``metainfo`` of the data sets.
+
+    Raises:
+        ValueError: data sets for a test are of several files, while an evaluation is of one.
     """
 
     def __init__(self, datasets: Sequence[BaseDataset | dict], lazy_init: bool = False,
-                 ignore_keys: str | Sequence[str] = ('ann_file', 'cat_ids')) -> None:
-        keys = [ignore_keys] if isinstance(ignore_keys, str) else list(ignore_keys)
-        super().__init__(datasets, lazy_init, keys)
+                 ignore_keys: str | Sequence[str] = ()) -> None:
+        others = [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
+        super().__init__(datasets, lazy_init, ['ann_file', 'cat_ids', *others])
+        files = {dataset.ann_file for dataset in self.datasets if getattr(dataset, 'test_mode', False)}
+        if len(files) > 1:
+            names = ', '.join(sorted(files))
+            raise ValueError(f'ConcatDataset: a test is of one annotation file, not of {names}')
 
 
 def _check_keys(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -148,7 +148,7 @@ class DetectionRunner(Runner):
         if isinstance(dataloader, dict):
             dataloader = dict(pin_memory=torch.cuda.is_available()) | dataloader
             if not dataloader.get('num_workers'):
-                for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
+                for key in ('persistent_workers', 'prefetch_factor', 'timeout', 'multiprocessing_context'):
                     dataloader.pop(key, None)
         return Runner.build_dataloader(dataloader, *args, **kwargs)
 
@@ -318,6 +318,8 @@ def _of_this_optimizer(saved: dict[str, Any], groups: list[dict[str, Any]]) -> b
         len(a['params']) == len(b['params']) and not (a.keys() - b.keys() and b.keys() - a.keys())
         for a, b in zip(given, groups))
     parameters = [parameter for group in groups for parameter in group['params']]
-    return same and all(
-        value.shape in ((), parameters[i].shape) for i, state in saved.get('state', {}).items()
+    return same and all(  # a number, or one an element; Adafactor has one a row and one a column
+        value.dim() == 0 or value.dim() == parameters[i].dim()
+        and all(size in (1, whole) for size, whole in zip(value.shape, parameters[i].shape))
+        for i, state in saved.get('state', {}).items()
         for value in state.values() if isinstance(value, torch.Tensor))

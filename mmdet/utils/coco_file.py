@@ -17,6 +17,7 @@ def read_annotation_file(
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
         ValueError: it is not JSON, or lacks a list of images, annotations or categories.
     """
     path = Path(ann_file)
@@ -25,7 +26,7 @@ def read_annotation_file(
             f'no annotation file {path.absolute()}: configs name it by data_root and ann_file')
     try:
         content = json.loads(path.read_text('utf-8-sig'), object_hook=object_hook)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{ann_file} is not a JSON file: {error}') from None
     if isinstance(content, dict) and not annotated:
         content.setdefault('annotations', [])

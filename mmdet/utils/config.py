@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict, DictAction
 
 from mmdet.utils.config_check import ConfigError, check_config, closest, find_problems, report
-from mmdet.utils.config_schema import RUNNER_KEYS
+from mmdet.utils.config_schema import OLD_KEYS, RUNNER_KEYS
 
 __all__ = ['ConfigError', 'CfgOptions', 'check_config', 'load_config']
 
@@ -44,7 +44,12 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
         cfg.merge_from_dict(options)
         helpers = {used for source in files.values() for used in source.used}
         lost = [problem for source in files.values() for problem in _lost_in_file(cfg, source, helpers)]
-    report([*lost, *_lost_options(cfg, before, options, helpers), *find_problems(cfg, helpers)], name)
+    set_names = {key.split('.')[0] for key in options}.union(*(source.assigned for source in files.values()))
+    old = [f'{key}: a key of mmdetection 1.x and 2.x; here it is {OLD_KEYS[key]}'
+           for key in sorted(set_names & OLD_KEYS.keys() - helpers)]
+    report([*old, *lost, *_lost_options(cfg, before, options, helpers), *find_problems(cfg, helpers)], name)
+    for key in OLD_KEYS.keys() & cfg.keys():  # a helper, which in a dumped config would be an old key
+        del cfg._cfg_dict[key]
     return cfg
 
 
@@ -220,7 +225,7 @@ def _lost_options(
     """Options that set a helper: the config's keys had already taken its old value."""
     for name in sorted({key.split('.')[0] for key in options} - set(RUNNER_KEYS)):
         if name not in before:
-            if not closest(name, RUNNER_KEYS, 0.8):  # else check_config says it
+            if name not in OLD_KEYS and not closest(name, RUNNER_KEYS, 0.8):  # else that is said already
                 near = closest(name, before.keys())
                 yield f'{name}: no such key to set' + (f'; did you mean {near!r}?' if near else '')
             continue

@@ -32,7 +32,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmdet.registry
-from mmdet.utils.config_schema import OLD_KEYS, RUNNER_KEYS, Built, too_small
+from mmdet.utils.config_schema import RUNNER_KEYS, Built, too_small
 
 
 class ConfigError(ValueError):
@@ -89,8 +89,6 @@ def find_problems(cfg: Config | Mapping[str, Any], helpers: Collection[str]) -> 
     for key, value in cfg.items():
         if key in RUNNER_KEYS:
             problems += _check(value, RUNNER_KEYS[key], key, scope)
-        elif key not in helpers and key in OLD_KEYS:
-            problems.append(f'{key}: a key of mmdetection 1.x and 2.x; here it is {OLD_KEYS[key]}')
         elif key not in helpers and (near := closest(key, RUNNER_KEYS, 0.8)):
             problems.append(f'{key}: unknown top-level key; did you mean {near!r}?')
     return [*problems, *too_small(cfg)]

@@ -222,13 +222,18 @@ def test_concatenation_of_annotation_files(make_coco, tmp_path):
     content = json.loads((tmp_path / 'ann.json').read_text())
     (tmp_path / 'second.json').write_text(json.dumps(content | dict(images=content['images'][:1])))
     parts = [dict(args, type='CocoDataset', ann_file=name) for name in ('ann.json', 'second.json')]
+    whole = dict(type='ConcatDataset', datasets=parts, ignore_keys='palette')
     with DefaultScope.overwrite_default_scope('mmdet'):  # as in a training
-        dataset = DATASETS.build(dict(type='ConcatDataset', datasets=parts))
+        dataset = DATASETS.build(whole)
         assert len(dataset) == 4 and dataset.metainfo['classes'] == args['metainfo']['classes']
         assert dataset[3]['img_id'] == 0 and len(dataset[3]['instances']) == 2
         parts[1]['metainfo'] = dict(classes=('dog', 'cat', 'traffic light'))
         with pytest.raises(ValueError, match='does not match meta information of the first'):
-            DATASETS.build(dict(type='ConcatDataset', datasets=parts))
+            DATASETS.build(whole)
+        for part in parts:
+            part.update(args, ann_file=part['ann_file'], test_mode=True)
+        with pytest.raises(ValueError, match='a test is of one annotation file, not of .*ann.json, .*second'):
+            DATASETS.build(whole)
 
 
 def test_missing_files(make_coco, tmp_path):

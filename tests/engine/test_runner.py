@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmdet.checkpoint import load_file, save_checkpoint
+from mmdet.engine.runner import _of_this_optimizer
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # as its processes have it
@@ -274,6 +275,19 @@ def test_a_checkpoint_of_another_program_cannot_be_resumed(toy_runner, tmp_path:
     save_checkpoint(content, tmp_path / 'foreign.pth')
     with pytest.raises(ValueError, match='is of another program, which orders .*: start from its weights'):
         toy_runner('c', load_from=str(tmp_path / 'foreign.pth'), resume=True).train()
+
+
+@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor])
+def test_the_own_state_of_an_optimizer_fits(kind: type[torch.optim.Optimizer]) -> None:
+    """Of Adafactor that is a number a row and one a column."""
+    layer = torch.nn.Linear(3, 2)
+    optimizer = kind(layer.parameters(), lr=0.1, **({'momentum': 0.9} if kind is torch.optim.SGD else {}))
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert _of_this_optimizer(state, optimizer.param_groups)
+    state['state'] = {0: state['state'][1], 1: state['state'][0]}
+    assert not _of_this_optimizer(state, optimizer.param_groups)
 
 
 def test_an_epoch_of_other_batches_leaves_the_schedule_by_iterations_in_its_place(

@@ -261,3 +261,25 @@ def test_all_kinds_of_problems_are_reported_together(tmp_path: Path) -> None:
     lines = message(leaf, {'model.backbone.dpeth': 18}).split('\n')
     keys = [line.removeprefix(f'{leaf}: ').split()[0] for line in lines]
     assert keys == ['3', 'train_pipeline', 'model.backbone.dpeth:', 'modle:']
+
+
+@pytest.mark.parametrize('text, options', [
+    ('optimizer = dict(lr=0.0025)\ntotal_epochs = 3\n', {}),
+    ('', {'optimizer.lr': 0.0025, 'total_epochs': 3})])
+def test_keys_of_older_mmdetection_are_named(tmp_path: Path, text: str, options: dict) -> None:
+    (tmp_path / 'own.py').write_text(f"_base_ = '{R50}'\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / 'own.py', options)
+    assert str(error.value).splitlines()[1:] == [
+        f'{tmp_path}/own.py: optimizer: a key of mmdetection 1.x and 2.x; here it is optim_wrapper.optimizer',
+        f'{tmp_path}/own.py: total_epochs: a key of mmdetection 1.x and 2.x; here it is train_cfg.max_epochs']
+
+
+def test_as_a_helper_variable_an_old_key_is_free(tmp_path: Path) -> None:
+    text = f"_base_ = '{R50}'\noptimizer = dict(lr=0.0025)\noptim_wrapper = dict(optimizer=optimizer)\n"
+    (tmp_path / 'own.py').write_text(text)
+    (tmp_path / 'computed.py').write_text(f"_base_ = ['{tmp_path}/' + 'own.py']\n")
+    for name in ('own.py', 'computed.py'):
+        cfg = load_config(tmp_path / name)
+        cfg.dump(tmp_path / 'dumped.py')
+        assert load_config(tmp_path / 'dumped.py').optim_wrapper.optimizer.lr == 0.0025

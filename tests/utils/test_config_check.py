@@ -198,17 +198,6 @@ def test_top_level_names(key: str, expected: str | None) -> None:
     )
 
 
-def test_keys_of_older_mmdetection_are_named(tmp_path: Path) -> None:
-    assert problems(optimizer=dict(lr=0.0025), total_epochs=3) == [
-        'optimizer: a key of mmdetection 1.x and 2.x; here it is optim_wrapper.optimizer',
-        'total_epochs: a key of mmdetection 1.x and 2.x; here it is train_cfg.max_epochs',
-    ]
-    # As a helper variable the name is free.
-    text = f"_base_ = '{R50}'\noptimizer = dict(lr=0.0025)\noptim_wrapper = dict(optimizer=optimizer)\n"
-    (tmp_path / 'own.py').write_text(text)
-    assert load_config(tmp_path / 'own.py').optim_wrapper.optimizer.lr == 0.0025
-
-
 @pytest.mark.parametrize(
     'option, expected',
     [

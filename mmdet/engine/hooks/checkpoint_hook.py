@@ -16,9 +16,9 @@ from mmdet.registry import HOOKS
 class CheckpointHook(mmengine.hooks.CheckpointHook):
     """mmengine's, but an old checkpoint is removed only when the new one is whole on disk.
 
-    That of ``save_best`` goes before, while the last one still has the best weights. All processes go on with
-    the buffers of the first, which are those in the file. ``meta['batches']`` of one that is written within
-    an epoch (``by_epoch=False``) says how many of its batches are done.
+    That of ``save_best`` alone goes before. All processes go on with the buffers of the first, which are
+    those in the file. ``meta['batches']`` of one that is written within an epoch (``by_epoch=False``) says
+    how many of its batches are done.
     """
 
     batches = 0  # done in the epoch that ``runner.epoch`` counts

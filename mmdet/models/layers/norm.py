@@ -36,6 +36,8 @@ def build_norm(cfg: NormConfig, channels: int) -> nn.Module:
     known = {'num_groups', 'eps'} if cfg['type'] == 'GN' else {'momentum', 'eps'}
     if cfg['type'] == 'GN' and 'num_groups' not in options:
         raise ValueError("norm_cfg.type='GN' needs norm_cfg.num_groups, which divides the channels: 32")
+    if channels % options.get('num_groups', 1):
+        raise ValueError(f'norm_cfg.num_groups: {options["num_groups"]} does not divide {channels} channels')
     if unknown := options.keys() - known:
         raise ValueError(f'norm_cfg.{min(unknown)}: {cfg["type"]} has {" and ".join(sorted(known))} alone')
     if cfg['type'] == 'GN':

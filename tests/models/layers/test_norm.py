@@ -171,7 +171,7 @@ def test_build() -> None:
     (dict(type='GN'), "norm_cfg.type='GN' needs norm_cfg.num_groups"),
     (dict(type='GN', num_groups=3, momentum=0.1), 'norm_cfg.momentum: GN has eps and num_groups alone'),
     (dict(type='SyncBN', num_groups=3), 'norm_cfg.num_groups: SyncBN has eps and momentum alone'),
-    (dict(type='GN', num_groups=4), 'must be divisible by num_groups')])
+    (dict(type='GN', num_groups=4), 'norm_cfg.num_groups: 4 does not divide 6 channels')])
 def test_settings_of_another_norm(cfg: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_norm(cfg, 6)
