@@ -294,9 +294,12 @@ def test_an_epoch_of_other_batches_leaves_the_schedule_by_iterations_in_its_plac
         toy_runner, tmp_path: Path) -> None:
     toy_runner('two', train_cfg__max_epochs=2).train()
     rest = toy_runner('rest', train_dataloader__batch_size=4, resume=True,
-                      load_from=str(tmp_path / 'two' / 'epoch_2.pth'))
+                      load_from=str(tmp_path / 'two' / 'epoch_2.pth'),
+                      default_hooks__checkpoint=dict(by_epoch=False, interval=8))
     rest.train()
     assert rest.iter == rest.max_iters == 12
+    meta = load_file(tmp_path / 'rest' / 'iter_8.pth')['meta']  # three iterations an epoch, no longer six
+    assert (meta['epoch'], meta['batches']) == (2, 2)
 
 
 def test_a_checkpoint_of_another_model_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:

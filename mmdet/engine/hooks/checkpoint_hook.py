@@ -21,21 +21,12 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
     how many of its batches are done.
     """
 
-    batches = 0  # done in the epoch that ``runner.epoch`` counts
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        self.batches = batch_idx + 1
-        super().after_train_iter(runner, batch_idx, *args, **kwargs)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        super().after_train_epoch(runner)
-        self.batches = 0  # for a best checkpoint, which is written when the next epoch counts
-
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         broadcast_buffers(runner.model)
         if not self.by_epoch and isinstance(runner.train_loop, EpochBasedTrainLoop):
-            epochs, batches = divmod(self.batches, len(runner.train_dataloader))
-            meta = meta | dict(epoch=meta['epoch'] + epochs, batches=batches)
+            # Also in a resumed training: DetectionRunner.resume sets the iteration to that of whole epochs.
+            epochs, batches = divmod(meta['iter'], len(runner.train_dataloader))
+            meta = meta | dict(epoch=epochs, batches=batches)
         folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
         folder.mkdir(parents=True, exist_ok=True)
         outdated = []
