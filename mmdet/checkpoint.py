@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmdet.checkpoint_files import find_checkpoint, local_file, read_file, save_checkpoint, write_text
 
-__all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'load_file', 'load_meta',
+__all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'is_ours', 'load_file', 'load_meta',
            'load_pretrained_backbone', 'load_weights', 'recognise', 'save_checkpoint', 'write_text']
 
 FORMAT_2019 = '2019 format'
@@ -77,13 +77,20 @@ def recognise(weights: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
         return 'ImageNet backbone'
     if meta.get('legacy_2019'):
         return 'of this project, with the numerics of 2019'
+    if is_ours(meta):
+        return 'of this project'
     if 'mmengine_version' in meta:
-        return 'of this project' if 'mmdet_version' in meta else 'mmdetection 3.x'
+        return 'mmdetection 3.x'
     if 'mmcv_version' in meta:
         return 'mmdetection 2.x'
     if any(name.startswith('roi_head.') for name in weights):
         return 'mmdetection 2.x or 3.x'
     return 'a state dict of names that are taken as they are'
+
+
+def is_ours(meta: Mapping[str, Any]) -> bool:
+    """Whether this project wrote the checkpoint; mmdetection names its version or mmengine's, not both."""
+    return {'mmdet_version', 'mmengine_version'} <= meta.keys()
 
 
 def convert_2019(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

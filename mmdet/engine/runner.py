@@ -274,7 +274,7 @@ class DetectionRunner(Runner):
         meta, instead = content['meta'], 'start from its weights with --cfg-options load_from=...'
         if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
             return f'holds weights only, no state of a training: {instead}'
-        if not {'mmdet_version', 'mmengine_version'} <= meta.keys():  # as recognise() tells
+        if not checkpoint_file.is_ours(meta):
             return f'is of another program, which orders the state of parameters otherwise: {instead}'
         by_epoch = isinstance(self.train_loop, EpochBasedTrainLoop)
         unit, end = ('epoch', self.max_epochs) if by_epoch else ('iter', self.max_iters)
