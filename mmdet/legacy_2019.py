@@ -7,7 +7,7 @@ its own values and is here: anchors, clipping, the way to the original image, re
 annotations, mask targets and pasting. :func:`legacy_2019` puts them into a config.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -30,6 +30,11 @@ from mmdet.structures.masks import RLE, encode_rle, masks_to_bitmaps
 
 # What a box of 2019 lacks of a half-open one.
 LAST_PIXEL = (0.0, 0.0, 1.0, 1.0)
+
+
+def choose_numerics(cfg: Config, meta: Mapping[str, Any], asked: bool = False) -> Config:
+    """The config, with 2019's numerics where a flag, its own key or the checkpoint's mark asks for them."""
+    return legacy_2019(cfg) if asked or cfg.get('legacy_2019') or meta.get('legacy_2019') else cfg
 
 
 def legacy_2019(cfg: Config) -> Config:

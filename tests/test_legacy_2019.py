@@ -25,6 +25,7 @@ from mmdet.legacy_2019 import (
     DeltaXYWHBBoxCoder2019,
     FCNMaskHead2019,
     Resize2019,
+    choose_numerics,
     legacy_2019,
 )
 from mmdet.models.layers.context_block import ContextBlock
@@ -259,6 +260,15 @@ def test_the_config_is_left_alone_and_the_new_one_checks(tmp_path: Path) -> None
         changed.dump(tmp_path / path.name)  # as a training leaves it in its folder
         again = load_config(tmp_path / path.name)
         assert again.legacy_2019 and legacy_2019(again) is again
+
+
+def test_a_flag_the_config_or_the_checkpoint_asks_for_the_numerics() -> None:
+    path, mark = GCNET / 'mask_rcnn_r50_fpn_1x.py', dict(legacy_2019=True)
+    cfg = load_config(path)
+    assert choose_numerics(cfg, {}) is cfg
+    for found in (choose_numerics(cfg, {}, asked=True), choose_numerics(cfg, mark),
+                  choose_numerics(load_config(path, mark), {})):
+        assert found.model.rpn_head.anchor_generator.type == 'AnchorGenerator2019'
 
 
 def test_the_key_of_a_config_asks_for_the_numerics_too(tmp_path: Path) -> None:

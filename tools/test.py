@@ -17,7 +17,7 @@ from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
 from mmdet.evaluation.coco_metric import check_annotations
-from mmdet.legacy_2019 import legacy_2019
+from mmdet.legacy_2019 import choose_numerics
 from mmdet.models.layers.norm import fold_batch_norms
 from mmdet.utils.config import load_config
 from mmdet.utils.env import setup_cpu
@@ -57,9 +57,8 @@ def main(argv: Sequence[str]) -> None:
         return
     hardware = setup_cpu()
     cfg = load_config(args.config, args.cfg_options)
-    recognised_2019 = load_meta(args.checkpoint, args.trust_checkpoint).get('legacy_2019')
-    if args.legacy_2019 or cfg.get('legacy_2019') or recognised_2019:
-        cfg = legacy_2019(cfg)
+    meta = load_meta(args.checkpoint, args.trust_checkpoint)
+    cfg = choose_numerics(cfg, meta, args.legacy_2019)
     cfg.launcher = launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     set_test(cfg, args)
@@ -70,8 +69,8 @@ def main(argv: Sequence[str]) -> None:
     if args.amp:
         warn_of_slow_bfloat16(runner.logger)
     if cfg.get('legacy_2019'):
-        runner.logger.info('tested with the numerics of the 2019 code, '
-                           + ('which the checkpoint was trained with' if recognised_2019 else 'as asked for'))
+        origin = 'which the checkpoint was trained with' if meta.get('legacy_2019') else 'as asked for'
+        runner.logger.info(f'tested with the numerics of the 2019 code, {origin}')
     runner.trust_checkpoint = args.trust_checkpoint
     checkpoint = runner.load_checkpoint(args.checkpoint, strict=not args.allow_partial)
     classes = runner.test_dataloader.dataset.metainfo['classes']

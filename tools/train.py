@@ -22,7 +22,7 @@ from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
 from mmdet.evaluation.coco_metric import check_annotations
-from mmdet.legacy_2019 import legacy_2019
+from mmdet.legacy_2019 import choose_numerics
 from mmdet.utils.config import load_config
 from mmdet.utils.env import setup_cpu
 
@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> None:
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     meta = set_start(cfg, args.resume_from, args.trust_checkpoint)
     seed_from = set_seed(cfg, args.seed, meta)
-    if args.legacy_2019 or cfg.get('legacy_2019') or meta.get('legacy_2019'):
-        cfg = legacy_2019(cfg)
+    cfg = choose_numerics(cfg, meta, args.legacy_2019)
     set_evaluation(cfg, args.validate)
     set_precision(cfg, args.amp)
     if args.compile:

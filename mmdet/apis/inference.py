@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from mmdet.checkpoint import load_file, load_weights
 from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.transforms import LoadImageFromFile
-from mmdet.legacy_2019 import legacy_2019
+from mmdet.legacy_2019 import choose_numerics
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.utils.config import load_config
 from mmdet.utils.env import to_device
@@ -47,8 +47,7 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
         cfg = load_config(config, cfg_options)
     content = None if checkpoint is None else load_file(checkpoint)
     meta: dict[str, Any] = content['meta'] if content else {}
-    if cfg.get('legacy_2019') or meta.get('legacy_2019'):
-        cfg = legacy_2019(cfg)
+    cfg = choose_numerics(cfg, meta)
     given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
     model = MODELS.build(given | cfg.model)
     if content is None:
