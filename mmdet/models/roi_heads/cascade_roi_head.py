@@ -96,5 +96,4 @@ class CascadeRoIHead(nn.Module):
         detections = head.predict(scores, deltas, rois, samples, self.test_cfg)
         mask_heads = list(self.mask_head) if self.mask_head is not None else []
         return results_of(
-            features, detections, samples, self.mask_roi_extractor, mask_heads,
-            self.test_cfg.get('mask_thr_binary', 0.5))
+            features, detections, samples, self.mask_roi_extractor, mask_heads, self.test_cfg)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmdet.models.train_test_cfg import RCNNTestConfig
 from mmdet.structures.boxes import boxes_to_rois
 from mmdet.structures.data_sample import DataSample
 
@@ -78,7 +79,7 @@ def mask_loss(
 
 def results_of(
     features: list[Tensor], detections: list[Detections], samples: list[DataSample],
-    extractor: Any, mask_heads: list[Any], mask_threshold: float,
+    extractor: Any, mask_heads: list[Any], test_cfg: RCNNTestConfig,
 ) -> list[dict[str, Any]]:
     """``boxes``, ``scores`` and ``labels`` of each image, in pixels of the original image.
 
@@ -91,8 +92,9 @@ def results_of(
         labels = torch.cat([d.labels for d in detections])
         probabilities = torch.stack([h.predict(h(roi_features, labels)) for h in mask_heads]).mean(dim=0)
         per_image = probabilities.split([len(d.boxes) for d in detections])
+        threshold = test_cfg.get('mask_thr_binary', 0.5)
         paste, encoder = mask_heads[0].paste, getattr(mask_heads[0], 'encoder', None)
         for result, masks, sample in zip(results, per_image, samples):
-            args = masks, result['boxes'], sample.ori_shape, mask_threshold
+            args = masks, result['boxes'], sample.ori_shape, threshold
             result['masks'] = encoder.submit(paste, *args) if encoder else paste(*args)
     return results

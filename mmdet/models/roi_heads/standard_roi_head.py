@@ -63,5 +63,4 @@ class StandardRoIHead(nn.Module):
         detections = self.bbox_head.predict(logits.softmax(dim=1), deltas, rois, samples, self.test_cfg)
         mask_heads = [self.mask_head] if self.mask_head is not None else []
         return results_of(
-            features, detections, samples, self.mask_roi_extractor, mask_heads,
-            self.test_cfg.get('mask_thr_binary', 0.5))
+            features, detections, samples, self.mask_roi_extractor, mask_heads, self.test_cfg)

@@ -35,7 +35,7 @@ def test_beside_the_network(when: str) -> None:
     def predict(number: int) -> Any:
         labels = torch.zeros(number, dtype=torch.int64)
         found = Detections(boxes[:number], boxes[:number], torch.ones(number), labels)
-        return results_of([], [found], [sample], lambda *_: features[:number], [head], 0.5)[0]
+        return results_of([], [found], [sample], lambda *_: features[:number], [head], {})[0]
 
     expected = predict(2)
     assert head.thread is threading.main_thread() and len(expected['masks']) == 2
