@@ -90,10 +90,10 @@ def set_evaluation(cfg: Config, interval: int | bool) -> None:
     """Evaluate every ``interval`` epochs or iterations; True: as the config says; 0: never."""
     if interval < 0:
         raise ValueError(f'--validate {interval}: a number of epochs or iterations is needed')
-    if interval and interval is not True:
-        cfg.train_cfg.val_interval = interval
     if not interval:
         cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    elif interval is not True:
+        cfg.train_cfg.val_interval = interval
 
 
 def set_precision(cfg: Config, amp: str | None) -> None:
