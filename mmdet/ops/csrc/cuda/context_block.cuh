@@ -69,19 +69,6 @@ __device__ T add_lanes(T sum) {
   return sum;
 }
 
-// Over a block of 32 x 32 threads.
-template <typename T>
-__device__ T add_block(T value) {
-  __shared__ T warps[kWarp];
-  value = add_lanes(value);
-  __syncthreads();  // an earlier result may still be read
-  if (threadIdx.x == 0) {
-    warps[threadIdx.y] = value;
-  }
-  __syncthreads();
-  return add_lanes(warps[threadIdx.x]);
-}
-
 // `value` where there is no data.
 template <int kPack, typename T>
 __device__ __forceinline__ Pack<T, kPack> load_or(const T* data, int64_t offset, T value) {

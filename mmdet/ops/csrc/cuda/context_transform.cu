@@ -14,48 +14,88 @@ namespace mmdet {
 namespace {
 
 using at::Tensor;
-
 template <typename T>
 constexpr int kImages = 32 / sizeof(T);  // that a thread takes together
+template <typename T>
+constexpr int kFew = kImages<T> / 2;  // the same, where all multiprocessors should have some
 
-template <int kPack, typename T, typename W>
-__device__ __forceinline__ Pack<T, kPack> load_as(const W* data) {
-  const auto given = load<kPack>(data);
-  Pack<T, kPack> pack;
-  for (int j = 0; j < kPack; ++j) {
-    pack.value[j] = static_cast<T>(given.value[j]);
-  }
-  return pack;
-}
+// A layer norm with a ReLU behind it; a block of `linear` normalises its images itself. Without, `weight` is null.
+template <typename W, typename T>
+struct Norm {
+  const W *weight = nullptr, *bias = nullptr;
+  T eps = 0;
+  T *active = nullptr, *means = nullptr, *inverses = nullptr;  // (N, K), (N,), (N,): what is kept of it
+};
 
-// (N, K), (R, K), (R,) -> (N, R): a warp takes a row of the weight for some images.
-template <typename W, typename T, int kPack>
-__global__ void __launch_bounds__(kThreads) linear_kernel(
+// (N, K), (R, K), (R,) -> (N, R), normalised before if there is a norm: a warp takes two rows of the weight for some
+// images, a block as many warps as images.
+template <typename W, typename T, int kPack, bool kNormed>
+__global__ void __launch_bounds__(kFew<T>* kWarp) linear_kernel(
     int64_t images, int64_t rows, int64_t size, const T* __restrict__ input, const W* __restrict__ weight,
-    const W* __restrict__ bias, T* output) {
-  const int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp, row = warp % rows;
-  const int64_t first = warp / rows * kImages<T>;
-  const int lane = threadIdx.x % kWarp;
-  if (first >= images) {
+    const W* __restrict__ bias, const __grid_constant__ Norm<W, T> norm, T* __restrict__ output) {
+  __shared__ T means[kFew<T>], inverses[kFew<T>];
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int64_t first = blockIdx.y * kFew<T>, row = (blockIdx.x * kFew<T> + warp) * 2, other = min(row + 1, rows - 1);
+  if (kNormed) {
+    const int64_t n = min(first + warp, images - 1);
+    T sum = 0;
+    for (int64_t k = lane; k < size; k += kWarp) {
+      sum += input[n * size + k];
+    }
+    const T mean = add_lanes(sum) / size;
+    sum = 0;
+    for (int64_t k = lane; k < size; k += kWarp) {
+      sum = fma(input[n * size + k] - mean, input[n * size + k] - mean, sum);
+    }
+    const T inverse = rsqrt(add_lanes(sum) / size + norm.eps);
+    if (lane == 0) {
+      means[warp] = mean;
+      inverses[warp] = inverse;
+      if (blockIdx.x == 0) {
+        norm.means[n] = mean;
+        norm.inverses[n] = inverse;
+      }
+    }
+    __syncthreads();
+  }
+  if (row >= rows) {
     return;
   }
-  T sums[kImages<T>] = {};
-#pragma unroll 2
+  T sums[2][kFew<T>] = {};
+#pragma unroll 4
   for (int64_t k = lane * kPack; k < size; k += kWarp * kPack) {
-    const auto w = load_as<kPack, T>(weight + row * size + k);
+    const auto w = load_as<kPack, T>(weight + row * size + k), v = load_as<kPack, T>(weight + other * size + k);
+    Pack<T, kPack> scale, shift;
+    if (kNormed) {
+      scale = load_as<kPack, T>(norm.weight + k);
+      shift = load_as<kPack, T>(norm.bias + k);
+    }
 #pragma unroll
-    for (int i = 0; i < kImages<T>; ++i) {
-      const auto x = load<kPack>(input + min(first + i, images - 1) * size + k);
+    for (int i = 0; i < kFew<T>; ++i) {
+      const int64_t start = min(first + i, images - 1) * size + k;
+      auto x = load<kPack>(input + start);
       for (int j = 0; j < kPack; ++j) {
-        sums[i] = fma(w.value[j], x.value[j], sums[i]);
+        if (kNormed) {
+          const T value = fma((x.value[j] - means[i]) * inverses[i], scale.value[j], shift.value[j]);
+          x.value[j] = value < T(0) ? T(0) : value;  // NaN stays
+        }
+        sums[0][i] = fma(w.value[j], x.value[j], sums[0][i]);
+        sums[1][i] = fma(v.value[j], x.value[j], sums[1][i]);
+      }
+      if (kNormed && row == 0) {
+        store(norm.active + start, x);
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < kImages<T>; ++i) {
-    const T sum = add_lanes(sums[i]);
+  for (int i = 0; i < kFew<T>; ++i) {
+    sums[0][i] = add_lanes(sums[0][i]);
+    sums[1][i] = add_lanes(sums[1][i]);
     if (lane == 0 && first + i < images) {
-      output[(first + i) * rows + row] = sum + static_cast<T>(bias[row]);
+      output[(first + i) * rows + row] = sums[0][i] + static_cast<T>(bias[row]);
+      if (row + 1 < rows) {
+        output[(first + i) * rows + row + 1] = sums[1][i] + static_cast<T>(bias[row + 1]);
+      }
     }
   }
 }
@@ -119,32 +159,6 @@ __global__ void __launch_bounds__(kThreads) grad_weight_kernel(
   store(grad_weight + i, rounded);
   if (k == 0) {
     grad_bias[row] = static_cast<W>(total);
-  }
-}
-
-// Layer norm and ReLU: a block of 32 x 32 threads takes an image.
-template <typename W, typename T>
-__global__ void __launch_bounds__(kWarp* kWarp) normalize_kernel(
-    int64_t planes, T eps, const T* hidden, const W* weight, const W* bias, T* active, T* means, T* inverses) {
-  const int64_t thread = threadIdx.y * kWarp + threadIdx.x, threads = kWarp * kWarp;
-  hidden += blockIdx.x * planes;
-  T sum = 0;
-  for (int64_t p = thread; p < planes; p += threads) {
-    sum += hidden[p];
-  }
-  const T mean = add_block(sum) / planes;
-  sum = 0;
-  for (int64_t p = thread; p < planes; p += threads) {
-    sum = fma(hidden[p] - mean, hidden[p] - mean, sum);
-  }
-  const T inverse = rsqrt(add_block(sum) / planes + eps);
-  for (int64_t p = thread; p < planes; p += threads) {
-    const T value = fma((hidden[p] - mean) * inverse, static_cast<T>(weight[p]), static_cast<T>(bias[p]));
-    active[blockIdx.x * planes + p] = value < T(0) ? T(0) : value;  // NaN stays
-  }
-  if (thread == 0) {
-    means[blockIdx.x] = mean;
-    inverses[blockIdx.x] = inverse;
   }
 }
 
@@ -220,15 +234,16 @@ void with_columns(int64_t size, std::initializer_list<const void*> data, const F
 }
 
 template <typename W, typename T>
-void linear(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& output) {
+void linear(
+    const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& output, const Norm<W, T>& norm = {}) {
   const int64_t images = input.size(0), size = input.size(1), rows = output.size(1);
   const T* x = input.const_data_ptr<T>();
   const W* w = weight.const_data_ptr<W>();
-  with_columns(size, {x, w}, [&](auto pack) {
-    const int64_t warps = divide_up(images, kImages<T>) * rows;
-    linear_kernel<W, T, pack>
-        <<<divide_up(warps, kThreads / kWarp), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-            images, rows, size, x, w, bias.const_data_ptr<W>(), output.mutable_data_ptr<T>());
+  with_columns(size, {x, w, norm.weight, norm.bias, norm.active}, [&](auto pack) {
+    const auto kernel = norm.weight ? linear_kernel<W, T, pack, true> : linear_kernel<W, T, pack, false>;
+    const dim3 blocks(divide_up(rows, 2 * kFew<T>), divide_up(images, kFew<T>));
+    kernel<<<blocks, dim3(kWarp, kFew<T>), 0, c10::cuda::getCurrentCUDAStream()>>>(
+        images, rows, size, x, w, bias.const_data_ptr<W>(), norm, output.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -275,11 +290,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> context_transform(
         using T = decltype(computed);
         linear<W, T>(as<T>(context), as<W>(first_weight), as<W>(first_bias), hidden);
         const Tensor weight = as<W>(norm_weight), bias = as<W>(norm_bias);
-        normalize_kernel<W, T><<<images, dim3(kWarp, kWarp), 0, c10::cuda::getCurrentCUDAStream()>>>(
-            planes, eps, hidden.const_data_ptr<T>(), weight.const_data_ptr<W>(), bias.const_data_ptr<W>(),
-            active.mutable_data_ptr<T>(), mean.mutable_data_ptr<T>(), inverse.mutable_data_ptr<T>());
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
-        linear<W, T>(active, as<W>(last_weight), as<W>(last_bias), output);
+        const Norm<W, T> norm{
+            weight.const_data_ptr<W>(), bias.const_data_ptr<W>(), static_cast<T>(eps), active.mutable_data_ptr<T>(),
+            mean.mutable_data_ptr<T>(), inverse.mutable_data_ptr<T>()};
+        linear<W, T>(hidden, as<W>(last_weight), as<W>(last_bias), output, norm);
       });
   return {output, hidden, active, mean, inverse};
 }

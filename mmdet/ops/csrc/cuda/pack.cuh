@@ -18,6 +18,16 @@ __device__ __forceinline__ Pack<T, kSize> load(const T* data) {
   return *reinterpret_cast<const Pack<T, kSize>*>(data);
 }
 
+template <int kPack, typename T, typename W>
+__device__ __forceinline__ Pack<T, kPack> load_as(const W* data) {
+  const auto given = load<kPack>(data);
+  Pack<T, kPack> pack;
+  for (int j = 0; j < kPack; ++j) {
+    pack.value[j] = static_cast<T>(given.value[j]);
+  }
+  return pack;
+}
+
 template <int kSize, typename T>
 __device__ __forceinline__ void store(T* data, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(data) = pack;
