@@ -1,13 +1,16 @@
-// Greedy NMS on CUDA: a block takes all boxes of a group, 64 at a time, and keeps those that overlap none it has kept.
-// Soft-NMS: one block.
+// Greedy NMS on CUDA, in one kernel of as many blocks as run at a time. In turns, a block settles the next 256 boxes of
+// a group, 64 at a time, and all blocks remove what these overlap from the rest of the groups. Soft-NMS: one block.
 #include "../nms.h"
+#include "pack.cuh"
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cooperative_groups.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 namespace mmdet {
@@ -16,83 +19,184 @@ namespace {
 using Word = unsigned long long;  // a bit for each box of a tile
 
 constexpr int kTile = 64;
+constexpr int kChunk = 4 * kTile;
 constexpr int kThreads = 1024;
-constexpr int kStrips = kThreads / kTile;  // threads that share a box of a tile
+constexpr int kStrips = kThreads / kTile;  // threads that share a box
+
+template <typename T>
+using Box = Pack<T, 4>;
 
 // Whether b, which comes after a, has to go if a is kept.
 template <typename T>
-__device__ __forceinline__ bool overlaps(const T* a, const T* b, T threshold) {
-  const T area_a = product(a[2] - a[0], a[3] - a[1]), area_b = product(b[2] - b[0], b[3] - b[1]);
+__device__ __forceinline__ bool overlaps(const Box<T>& first, const Box<T>& second, T threshold) {
+  const T *a = first.value, *b = second.value;
   const T inter = intersection(a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]);
+  if (inter == T(0) && threshold >= T(0)) {  // most do not meet
+    return false;
+  }
+  const T area_a = product(a[2] - a[0], a[3] - a[1]), area_b = product(b[2] - b[0], b[3] - b[1]);
   return inter / (area_a + area_b - inter) > threshold;
 }
 
-// Boxes come by group, in each by decreasing score. A block takes the groups that begin among 64 boxes, one after
-// another; `kept` has the boxes that it has kept of a group, from where the group begins.
+// What the blocks work on, by group and in each by decreasing score.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) nms_kernel(
-    int64_t size, const T* boxes, const int64_t* groups, const bool* valid, T threshold, T* kept, bool* keep) {
-  __shared__ T tile[kTile][4];
+struct Work {
+  int64_t size;
+  const T* given;                 // (size, 4), in any order
+  const int64_t *order, *starts;  // where a box is in `given`, and where its group begins; null: there is but one group
+  bool *gone, *keep;              // boxes that can't be kept, and those that are
+  Box<T> *boxes, *kept;           // the latter from where their group begins
+  int64_t *before, *after;        // where a group begins: how many are kept before and after the last turn
+  int64_t* groups;                // (2, size): where the groups of this turn and those of the next begin
+  int* counts;                    // of groups in each turn, zeros at first
+
+  __device__ bool in_group(int64_t i, int64_t start) const {
+    return i < size && (!starts || starts[i] == start);
+  }
+
+  __device__ int64_t* groups_of(int turn) const {
+    return groups + turn % 2 * size;
+  }
+
+  __device__ void add_group(int turn, int64_t start) const {
+    groups_of(turn)[atomicAdd(counts + turn, 1)] = start;
+  }
+};
+
+// Keeps boxes of the chunk of a group from which all is gone that overlaps what was kept before.
+template <typename T>
+__device__ void settle(const Work<T>& work, int64_t start, int64_t chunk, T threshold) {
+  __shared__ Box<T> tile[kTile];
   __shared__ Word later[kTile];  // the later boxes of the tile that a box removes
   __shared__ Word removed;
   const int lane = threadIdx.x % kTile, strip = threadIdx.x / kTile;
-  const int64_t begin = blockIdx.x * int64_t{kTile}, end = min(begin + kTile, size);
-  const auto same_group = [&](int64_t i, int64_t j) { return !groups || groups[i] == groups[j]; };
-  for (int64_t start = begin; start < end; ++start) {
-    if (start > 0 && same_group(start - 1, start)) {
+  const int64_t before = chunk ? work.after[start] : 0;
+  Box<T>* kept = work.kept + start;
+  int64_t count = before;
+  for (int64_t first = start + chunk; first < start + chunk + kChunk && work.in_group(first, start); first += kTile) {
+    const int64_t i = first + lane;
+    const bool inside = work.in_group(i, start);
+    if (threadIdx.x == 0) {
+      removed = 0;
+    }
+    if (strip == 0) {
+      later[lane] = 0;
+      tile[lane] = inside ? work.boxes[i] : Box<T>{};
+    }
+    __syncthreads();
+    bool gone = !inside || work.gone[i];
+    if (!gone) {
+#pragma unroll 4
+      for (int64_t j = before + strip; j < count; j += kStrips) {
+        gone |= overlaps(kept[j], tile[lane], threshold);
+      }
+    }
+    Word word = 0;
+    for (int b = strip; b < kTile; b += kStrips) {
+      if (b > lane && overlaps(tile[lane], tile[b], threshold)) {
+        word |= Word(1) << b;
+      }
+    }
+    if (gone) {
+      atomicOr(&removed, Word(1) << lane);
+    }
+    if (word) {
+      atomicOr(&later[lane], word);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      Word settled = removed;
+#pragma unroll
+      for (int b = 0; b < kTile; ++b) {
+        settled |= settled >> b & 1 ? 0 : later[b];
+      }
+      __syncwarp();
+      removed = settled;
+    }
+    __syncthreads();
+    const Word alive = ~removed;
+    if (strip == 0 && alive >> lane & 1) {
+      kept[count + __popcll(alive & ((Word(1) << lane) - 1))] = tile[lane];
+      work.keep[i] = true;
+    }
+    count += __popcll(alive);
+    __syncthreads();  // before others read what was kept, and the tile is overwritten
+  }
+  if (threadIdx.x == 0) {
+    work.before[start] = before;
+    work.after[start] = count;
+  }
+}
+
+// Removes what boxes kept of a chunk overlap from all that comes behind it in its group: a warp takes 32 boxes and, if
+// these are few, one of several parts of those kept.
+template <typename T>
+__device__ void sweep(const Work<T>& work, int64_t chunk, T threshold) {
+  const int64_t rest = work.size - chunk - kChunk, threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int parts = static_cast<int>(max(int64_t{1}, min(threads / max(rest, int64_t{1}), int64_t{kStrips})));
+  const int64_t warps = (rest + 31) / 32 * parts;
+  for (int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 32; warp < warps; warp += threads / 32) {
+    const int64_t group = divide(warp, parts), i = chunk + kChunk + group * 32 + threadIdx.x % 32;
+    if (i >= work.size || work.gone[i]) {
       continue;
     }
-    int64_t count = 0;
-    for (int64_t first = start; first < size && same_group(first, start); first += kTile) {
-      const int64_t i = first + lane;
-      const bool inside = i < size && same_group(i, start);
-      if (threadIdx.x == 0) {
-        removed = 0;
-      }
-      if (strip == 0) {
-        later[lane] = 0;
-        for (int side = 0; side < 4; ++side) {
-          tile[lane][side] = inside ? boxes[4 * i + side] : T(0);
-        }
-      }
-      __syncthreads();
-      bool gone = !inside || !valid[i];
-      if (inside) {
+    const int64_t start = work.starts ? work.starts[i] : 0;
+    if (i < start + chunk + kChunk) {
+      continue;
+    }
+    const Box<T> box = work.boxes[i], *kept = work.kept + start;
+    const int64_t end = work.after[start];
+    bool gone = false;
 #pragma unroll 4
-        for (int64_t j = strip; j < count; j += kStrips) {
-          gone |= overlaps(kept + 4 * (start + j), tile[lane], threshold);
-        }
-      }
-      Word word = 0;
-      for (int b = strip; b < kTile; b += kStrips) {
-        if (b > lane && overlaps(tile[lane], tile[b], threshold)) {
-          word |= Word(1) << b;
-        }
-      }
-      if (gone) {
-        atomicOr(&removed, Word(1) << lane);
-      }
-      if (word) {
-        atomicOr(&later[lane], word);
-      }
-      __syncthreads();
-      Word alive = 0;  // every thread settles the tile by itself
-      for (Word left = ~removed; left;) {
-        const int b = __ffsll(left) - 1;
-        alive |= Word(1) << b;
-        left &= ~(later[b] | Word(1) << b);
-      }
-      if (strip == 0 && alive >> lane & 1) {
-        const int64_t place = start + count + __popcll(alive & ((Word(1) << lane) - 1));
-        for (int side = 0; side < 4; ++side) {
-          kept[4 * place + side] = tile[lane][side];
-        }
-        keep[i] = true;
-      }
-      count += __popcll(alive);
-      __syncthreads();  // before others read what was kept, and the tile is overwritten
+    for (int64_t j = work.before[start] + warp - group * parts; j < end; j += parts) {
+      gone |= overlaps(kept[j], box, threshold);
+    }
+    if (gone) {
+      work.gone[i] = true;
     }
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) nms_kernel(const __grid_constant__ Work<T> work, T threshold) {
+  const auto grid = cooperative_groups::this_grid();
+  for (int64_t i = grid.thread_rank(); i < work.size; i += grid.num_threads()) {
+    const T* box = work.given + 4 * work.order[i];
+    work.boxes[i] = {box[0], box[1], box[2], box[3]};
+    if (work.starts ? work.starts[i] == i : i == 0) {
+      work.add_group(0, i);
+    }
+  }
+  grid.sync();
+  for (int turn = 0;; ++turn) {
+    const int64_t chunk = static_cast<int64_t>(turn) * kChunk;
+    for (int group = blockIdx.x; group < work.counts[turn]; group += gridDim.x) {
+      const int64_t start = work.groups_of(turn)[group];
+      settle(work, start, chunk, threshold);
+      if (threadIdx.x == 0 && work.in_group(start + chunk + kChunk, start)) {
+        work.add_group(turn + 1, start);
+      }
+    }
+    grid.sync();
+    if (work.counts[turn + 1] == 0) {
+      return;
+    }
+    sweep(work, chunk, threshold);
+    grid.sync();
+  }
+}
+
+template <typename T>
+void run_nms(Work<T> work, T threshold) {
+  int device = 0, blocks = 0, multiprocessors = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, nms_kernel<T>, kThreads, 0));
+  const int64_t tiles = (work.size + kTile - 1) / kTile;
+  void* arguments[] = {&work, &threshold};
+  C10_CUDA_CHECK(cudaLaunchCooperativeKernel(
+      nms_kernel<T>, std::min<int64_t>(tiles, blocks * multiprocessors), kThreads, arguments, 0,
+      c10::cuda::getCurrentCUDAStream()));
 }
 
 at::Tensor nms(
@@ -109,22 +213,27 @@ at::Tensor nms(
   const auto nan = scores.isnan();
   const auto by_score = std::get<1>(
       scores.masked_fill(nan, -std::numeric_limits<double>::infinity()).sort(/*stable=*/true, 0, /*descending=*/true));
-  at::Tensor order = by_score, place, sorted_groups;  // by group; its place by score
+  at::Tensor order = by_score, place, starts;  // by group; its place by score; where its group begins
   if (groups) {
-    std::tie(sorted_groups, place) = groups->index_select(0, by_score).sort(/*stable=*/true, 0, /*descending=*/false);
+    at::Tensor ids;
+    std::tie(ids, place) = groups->index_select(0, by_score).sort(/*stable=*/true, 0, /*descending=*/false);
     order = by_score.index_select(0, place);
+    starts = at::searchsorted(ids, ids);
   }
-  const auto valid = nan.index_select(0, order).logical_not();
   const auto type = compute_type(boxes);
-  const auto sorted = boxes.to(type).index_select(0, order);
-  auto kept = at::empty_like(sorted);
-  auto keep = at::zeros({size}, boxes.options().dtype(at::kBool));
+  const auto given = boxes.to(type).contiguous(), sorted = at::empty({2, size, 4}, given.options());
+  const auto gone = nan.index_select(0, order), places = at::empty({4, size}, order.options());
+  const auto counts = at::zeros({size / kChunk + 2}, order.options().dtype(at::kInt));
+  auto keep = at::zeros_like(gone);
   AT_DISPATCH_FLOATING_TYPES(type, "nms", [&] {
-    nms_kernel<scalar_t><<<(size + kTile - 1) / kTile, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        size, sorted.const_data_ptr<scalar_t>(), groups ? sorted_groups.const_data_ptr<int64_t>() : nullptr,
-        valid.const_data_ptr<bool>(), round_down<scalar_t>(iou_threshold), kept.mutable_data_ptr<scalar_t>(),
-        keep.mutable_data_ptr<bool>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    auto* data = reinterpret_cast<Box<scalar_t>*>(sorted.mutable_data_ptr<scalar_t>());
+    int64_t* place_data = places.mutable_data_ptr<int64_t>();
+    run_nms<scalar_t>(
+        {size, given.const_data_ptr<scalar_t>(), order.const_data_ptr<int64_t>(),
+         groups ? starts.const_data_ptr<int64_t>() : nullptr, gone.mutable_data_ptr<bool>(),
+         keep.mutable_data_ptr<bool>(), data, data + size, place_data, place_data + size, place_data + 2 * size,
+         counts.mutable_data_ptr<int>()},
+        round_down<scalar_t>(iou_threshold));
   });
   if (groups) {
     keep = at::empty_like(keep).scatter_(0, place, keep);
