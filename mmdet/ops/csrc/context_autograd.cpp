@@ -115,10 +115,12 @@ bool is_differentiated(const Inputs&... inputs) {
 struct Pool : Function<Pool> {
   static variable_list forward(
       AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor* attention) {
+    // Once for both passes; the op refuses integers.
+    const auto converted = weight.is_floating_point() ? cast(weight, compute_type(x)) : weight;
     Tensor context;
-    std::tie(context, *attention) = op::context_pool(x, weight, bias);
+    std::tie(context, *attention) = op::context_pool(x, converted, bias);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, weight, bias, context, *attention});
+    ctx->save_for_backward({x, converted, bias, context, *attention});
     return {context, x};
   }
 

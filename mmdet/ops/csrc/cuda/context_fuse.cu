@@ -13,7 +13,7 @@
 namespace mmdet {
 namespace {
 
-constexpr int kSummed = 32;  // positions that a thread sums, or half as many: each block leaves a part
+constexpr int kSummed = 64;  // positions that a thread sums, or a half or quarter: each block leaves a part
 
 template <typename scalar_t, typename T, int kPack>
 __device__ __forceinline__ Pack<scalar_t, kPack> fuse(
@@ -290,8 +290,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
         return;
       }
       Rows rows(images, channels, area, pack, kSummed);
-      if (images * rows.chunks * rows.groups < 4 * multiprocessors()) {
-        rows = Rows(images, channels, area, pack, kSummed / 2);
+      for (int part = 2; part <= 4 && images * rows.chunks * rows.groups < 4 * multiprocessors(); part *= 2) {
+        rows = Rows(images, channels, area, pack, kSummed / part);
       }
       const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, type);
       acc_t *part_sums = parts.mutable_data_ptr<acc_t>(), *part_dots = part_sums + images * rows.chunks * channels;

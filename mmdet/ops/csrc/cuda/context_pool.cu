@@ -69,6 +69,11 @@ __global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
   }
 }
 
+// Of a block that takes a pack of channels with each thread.
+inline int64_t stream_threads(int64_t channels, int64_t pack) {
+  return divide_up(channels / pack, kWarp) * kWarp;
+}
+
 // A map, contiguous or channels_last, and how it is cut into tiles.
 struct Plan {
   int64_t images, channels, area, width, tiles, bytes;  // bytes of shared memory; 0: a tile does not fit
@@ -86,9 +91,9 @@ Plan plan_tiles(const at::Tensor& x, const at::Tensor& weight) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
   const int64_t limit = (available - (16 << 10)) / 2;
   plan.streamed = plan.channels_last && plan.channels <= kThreads * pack;
-  if (plan.streamed) {  // as many threads as there can be at a time, more or less
-    const int64_t threads = multiprocessors() * 512, positions = plan.images * plan.area;
-    plan.width = divide_up(divide_up(positions * plan.channels / pack, threads), kBatch) * kBatch;
+  if (plan.streamed) {  // as many blocks as there can be at a time, or a few less
+    const int64_t blocks = multiprocessors() * 512 / stream_threads(plan.channels, pack);
+    plan.width = std::max<int64_t>(divide_up(plan.area, std::max<int64_t>(blocks / plan.images, 1)), kBatch);
   } else if (plan.channels_last) {
     plan.width = std::clamp<int64_t>(std::min(kTileBytes, limit) / position, 8, kMaxWidth);
   } else {  // a power of two of packs
@@ -109,8 +114,7 @@ void run_tiles(const Plan& plan, const scalar_t* x, const T* weight, const Resul
   const int bytes = static_cast<int>(plan.bytes);
   with_pack<scalar_t>(plan.packs, [&](auto pack) {
     if (plan.streamed) {
-      const int64_t threads = divide_up(plan.channels / pack, kWarp) * kWarp;
-      stream_kernel<scalar_t, T, pack, kBackward><<<blocks, threads, 0, stream>>>(
+      stream_kernel<scalar_t, T, pack, kBackward><<<blocks, stream_threads(plan.channels, pack), 0, stream>>>(
           plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), x, weight, results);
     } else if (plan.channels_last) {
       const auto kernel = channels_last_kernel<scalar_t, T, pack, kBackward>;

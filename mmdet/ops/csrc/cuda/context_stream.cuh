@@ -69,18 +69,20 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(
   }
   T top = std::numeric_limits<T>::lowest(), total = 0;  // finite: logits of -infinity weigh nothing
   for (int start = 0; start < width; start += kBatch) {
-    Pack<scalar_t, kPack> packs[kBatch];
+    Words<scalar_t, kPack> words[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // behind the last position that one once more, which weighs nothing
-      packs[i] = inside ? load<kPack>(x + min(start + i, width - 1) * channels) : Pack<scalar_t, kPack>{};
+      words[i] = inside ? load_words<kPack>(x + min(start + i, width - 1) * channels) : Words<scalar_t, kPack>{};
     }
     const bool there = start + own < width;
     const T attention = kBackward && there ? results.attention[first + start + own] : T(0);
+    Pack<T, kPack> packs[kBatch];
     T values[kBatch] = {};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
+      packs[i] = unpack<T, scalar_t, kPack>(words[i]);
       for (int j = 0; j < kPack; ++j) {
-        values[i] = fma(w.value[j], static_cast<T>(packs[i].value[j]), values[i]);
+        values[i] = fma(w.value[j], packs[i].value[j], values[i]);
       }
     }
     const T value = add_batch(values);
@@ -104,9 +106,8 @@ __global__ void __launch_bounds__(kThreads, 2) stream_kernel(
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const T factor = __shfl_sync(0xffffffff, share, 4 * i);
-      forget_conversions(packs[i]);
       for (int j = 0; j < kPack; ++j) {
-        sum.value[j] = fma(factor, static_cast<T>(packs[i].value[j]), sum.value[j]);
+        sum.value[j] = fma(factor, packs[i].value[j], sum.value[j]);
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace mmdet {
@@ -18,19 +19,38 @@ __device__ __forceinline__ Pack<T, kSize> load(const T* data) {
   return *reinterpret_cast<const Pack<T, kSize>*>(data);
 }
 
-template <int kPack, typename T, typename W>
-__device__ __forceinline__ Pack<T, kPack> load_as(const W* data) {
-  const auto given = load<kPack>(data);
-  Pack<T, kPack> pack;
-  for (int j = 0; j < kPack; ++j) {
-    pack.value[j] = static_cast<T>(given.value[j]);
-  }
-  return pack;
-}
-
 template <int kSize, typename T>
 __device__ __forceinline__ void store(T* data, const Pack<T, kSize>& pack) {
   *reinterpret_cast<Pack<T, kSize>*>(data) = pack;
+}
+
+// A pack in registers of 32 bits: the compiler would take one for each half otherwise.
+template <typename T, int kSize>
+using Words = std::conditional_t<sizeof(Pack<T, kSize>) == sizeof(uint4), uint4, Pack<T, kSize>>;
+
+template <int kSize, typename T>
+__device__ __forceinline__ Words<T, kSize> load_words(const T* data) {
+  return *reinterpret_cast<const Words<T, kSize>*>(data);
+}
+
+// As numbers to compute with. That of bfloat16 is the upper half of that of float, which the compiler does not see.
+template <typename T, typename scalar_t, int kSize>
+__device__ __forceinline__ Pack<T, kSize> unpack(const Words<scalar_t, kSize>& words) {
+  Pack<T, kSize> result;
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16> && kSize == 8) {
+    const uint32_t pairs[] = {words.x, words.y, words.z, words.w};
+    for (int i = 0; i < 4; ++i) {
+      result.value[2 * i] = __uint_as_float(pairs[i] << 16);
+      result.value[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
+    }
+  } else {
+    Pack<scalar_t, kSize> pack;
+    std::memcpy(&pack, &words, sizeof(pack));
+    for (int j = 0; j < kSize; ++j) {
+      result.value[j] = static_cast<T>(pack.value[j]);
+    }
+  }
+  return result;
 }
 
 // Keeps the compiler from holding on to what it has converted a pack to, which takes twice the registers.
