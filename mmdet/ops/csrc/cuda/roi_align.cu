@@ -7,25 +7,29 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
 namespace mmdet {
 namespace {
 
+constexpr int64_t kElements = 2048;  // of a tile that does not pass through shared memory
+
 template <typename scalar_t, typename T>
-__global__ void pool_kernel(
-    int64_t size, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
+__global__ void __launch_bounds__(kThreads) pool_kernel(
+    const Tiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
     const __grid_constant__ Options options, scalar_t* output) {
-  visit_elements(size, rois, levels, options, [&](int64_t i, const Roi<T>& roi, int64_t plane, int bin_y, int bin_x) {
+  visit_elements(tiles, rois, levels, options, [&](int64_t i, const auto& roi, int64_t plane, int bin_y, int bin_x) {
     const scalar_t* cells = features.data[roi.level] + plane;
     T sum = 0;
     visit_bin(roi, options.levels[roi.level], bin_y, bin_x, [&](const auto& offsets, const auto& weights) {
+      scalar_t corners[4] = {};  // all are on their way before the first is used
       for (int j = 0; j < 4; ++j) {
         if (weights[j] != T(0)) {
-          sum += weights[j] * static_cast<T>(cells[offsets[j]]);
+          corners[j] = cells[offsets[j]];
         }
+      }
+      for (int j = 0; j < 4; ++j) {
+        sum += weights[j] * static_cast<T>(corners[j]);
       }
     });
     output[i] = static_cast<scalar_t>(sum);
@@ -36,8 +40,6 @@ template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) pool_tiles_kernel(
     const Tiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
     const __grid_constant__ Options options, scalar_t* output) {
-  // Registers of 32 bits: the compiler would take one for each half otherwise.
-  using Words = std::conditional_t<kPack == 1, Pack<scalar_t, 1>, uint4>;
   __shared__ SharedRoi<T> roi;
   scalar_t* tile = reinterpret_cast<scalar_t*>(shared_memory);
   const unsigned bins = options.height * options.width, width = options.width;
@@ -54,17 +56,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) pool_tiles_k
       const scalar_t* cells = feature + lane * kPack;
       Pack<T, kPack> sum = {};
       visit_bin(roi, level, bin / width, bin % width, [&](const auto& offsets, const auto& weights) {
-        Words words[4] = {};  // all are on their way before the first is used
+        Words<scalar_t, kPack> words[4] = {};  // all are on their way before the first is used
         for (int j = 0; j < 4; ++j) {
           if (weights[j] != T(0)) {
-            words[j] = *reinterpret_cast<const Words*>(cells + offsets[j]);
+            words[j] = load_words<kPack>(cells + offsets[j]);
           }
         }
         for (int j = 0; j < 4; ++j) {
-          Pack<scalar_t, kPack> corner;
-          std::memcpy(&corner, &words[j], sizeof(corner));
+          const auto corner = unpack<T, scalar_t, kPack>(words[j]);
           for (int c = 0; c < kPack; ++c) {
-            sum.value[c] += weights[j] * static_cast<T>(corner.value[c]);
+            sum.value[c] += weights[j] * corner.value[c];
           }
         }
       });
@@ -114,13 +115,14 @@ at::Tensor roi_align(
       packs = packs && in_packs<scalar_t>(sizes[1], inputs[i], output);
     }
     const bool tiled = in_tiles<scalar_t>(
-        rois.size(0), options, packs, [&](auto pack, const Tiles& tiles, int blocks, int64_t bytes) {
-          pool_tiles_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, bytes, stream>>>(
+        rois.size(0), options, packs, [&](auto pack, const Tiles& tiles, int64_t bytes) {
+          pool_tiles_kernel<scalar_t, acc_t, pack><<<tiles.blocks(), kThreads, bytes, stream>>>(
               tiles, pyramid, box_data, level_data, options, output_data);
         });
     if (!tiled) {
-      pool_kernel<scalar_t, acc_t><<<blocks_for(output.numel()), kThreads, 0, stream>>>(
-          output.numel(), pyramid, box_data, level_data, options, output_data);
+      const auto tiles = tiles_of_elements(rois.size(0), options, kElements);
+      pool_kernel<scalar_t, acc_t><<<tiles.blocks(), kThreads, 0, stream>>>(
+          tiles, pyramid, box_data, level_data, options, output_data);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -1,8 +1,8 @@
 // RoIs and their cut into blocks, for RoIAlign on CUDA. The geometry is that of the CPU kernel. In channels_last
 // features a block takes one RoI and some channels: the bins' samples are found once, threads take neighbouring
 // channels, and the block's part of the pooled features or of their gradient, which lies in one piece in memory, passes
-// through shared memory. Features stored plane by plane, and outputs too large for that, have a thread for each bin of
-// each channel.
+// through shared memory. With features stored plane by plane, and outputs too large for that, threads of a block take
+// neighbouring bins.
 #pragma once
 
 #include "../roi_align.h"
@@ -149,26 +149,43 @@ __device__ void visit_bin(const Roi<T, A>& roi, const Level& level, int bin_y, i
   }
 }
 
-// Calls visit(i, RoI, offset of the plane, bin_y, bin_x) for this thread's elements i of (K, C, height, width).
-template <typename T, typename Visit>
-__device__ void visit_elements(
-    int64_t size, const T* rois, const int64_t* levels, const Options& options, Visit visit) {
-  const int64_t step = static_cast<int64_t>(blockDim.x) * gridDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) {
-    const int64_t line = i / options.width, plane = line / options.height;
-    const auto roi = make_roi(plane / options.channels, rois, levels, options);
-    const Level& level = options.levels[roi.level];
-    visit(
-        i, roi, roi.image * level.image + plane % options.channels * level.channel,
-        static_cast<int>(line % options.height), static_cast<int>(i % options.width));
-  }
-}
-
 // How (K, C, height, width) is cut in tiles, one for a block at a time: `lanes` packs of channels of one RoI.
 struct Tiles {
   int64_t count;
   int chunks, lanes;  // tiles of a RoI, packs of a tile; the last one may have fewer
+
+  Tiles(int64_t num_rois, int packs, int64_t most) {
+    chunks = static_cast<int>((packs + most - 1) / most);
+    lanes = (packs + chunks - 1) / chunks;
+    count = num_rois * chunks;
+  }
+
+  int blocks() const {
+    return static_cast<int>(std::min(count, kMaxBlocks));
+  }
 };
+
+// Calls visit(i, RoI, offset of the plane, bin_y, bin_x) for this thread's elements i of (K, C, height, width).
+template <typename T, typename Visit>
+__device__ void visit_elements(
+    const Tiles& tiles, const T* rois, const int64_t* levels, const Options& options, Visit visit) {
+  __shared__ SharedRoi<T> roi;
+  const unsigned width = options.width, bins = options.height * width;
+  for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
+    const int64_t k = divide(t, tiles.chunks);
+    const int first = static_cast<int>(t - k * tiles.chunks) * tiles.lanes;
+    share_roi(k, rois, levels, options, roi);
+    __syncthreads();
+    const Level& level = options.levels[roi.level];
+    const int64_t plane = roi.image * level.image + first * level.channel;
+    const unsigned size = min(tiles.lanes, options.channels - first) * bins;
+    for (unsigned i = threadIdx.x; i < size; i += kThreads) {
+      const unsigned lane = i / bins, bin = i % bins;
+      visit((k * options.channels + first) * bins + i, roi, plane + lane * level.channel, bin / width, bin % width);
+    }
+    __syncthreads();
+  }
+}
 
 extern __shared__ uint4 shared_memory[];
 
@@ -178,12 +195,14 @@ __device__ int tile_offset(int lane, int bins) {
   return lane * (bins | 1) * kPack;
 }
 
-inline int blocks_for(int64_t size) {
-  return static_cast<int>(std::min((size + kThreads - 1) / kThreads, kMaxBlocks));
+// For visit_elements: tiles of some `size` elements.
+inline Tiles tiles_of_elements(int64_t num_rois, const Options& options, int64_t size) {
+  const int64_t bins = static_cast<int64_t>(options.height) * options.width;
+  return Tiles(num_rois, options.channels, std::max<int64_t>(1, size / bins));
 }
 
-// Calls launch(pack, tiles, blocks, bytes of shared memory) if the features are channels_last and the bins of one pack
-// fit in a tile; returns whether so.
+// Calls launch(pack, tiles, bytes of shared memory) if the features are channels_last and the bins of one pack fit in a
+// tile; returns whether so.
 template <typename scalar_t, typename F>
 bool in_tiles(int64_t num_rois, const Options& options, bool packs, const F& launch) {
   bool fits = false;
@@ -192,9 +211,8 @@ bool in_tiles(int64_t num_rois, const Options& options, bool packs, const F& lau
     const int64_t bytes = (bins | 1) * pack * sizeof(scalar_t), most = std::min<int64_t>(kTileBytes / bytes, kMaxLanes);
     fits = options.levels[0].channel == 1 && most > 0;
     if (fits) {
-      const int chunks = static_cast<int>((count + most - 1) / most);
-      const Tiles tiles{num_rois * chunks, chunks, static_cast<int>((count + chunks - 1) / chunks)};
-      launch(pack, tiles, static_cast<int>(std::min(tiles.count, kMaxBlocks)), tiles.lanes * bytes);
+      const Tiles tiles(num_rois, count, most);
+      launch(pack, tiles, tiles.lanes * bytes);
     }
   });
   return fits;

@@ -7,17 +7,20 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace mmdet {
 namespace {
 
+constexpr int64_t kElements = 512;  // of a tile that does not pass through shared memory: some RoIs take long
+
 // Adds with atomics, in any order.
 template <typename scalar_t, typename T>
-__global__ void scatter_kernel(
-    int64_t size, const scalar_t* grad, const T* rois, const int64_t* levels,
+__global__ void __launch_bounds__(kThreads) scatter_kernel(
+    const Tiles tiles, const scalar_t* grad, const T* rois, const int64_t* levels,
     const __grid_constant__ Options options, const __grid_constant__ Pyramid<T> grad_features) {
-  visit_elements(size, rois, levels, options, [&](int64_t i, const Roi<T>& roi, int64_t plane, int bin_y, int bin_x) {
+  visit_elements(tiles, rois, levels, options, [&](int64_t i, const auto& roi, int64_t plane, int bin_y, int bin_x) {
     T* cells = grad_features.data[roi.level] + plane;
     const T value = static_cast<T>(grad[i]);
     visit_bin(roi, options.levels[roi.level], bin_y, bin_x, [&](const auto& offsets, const auto& weights) {
@@ -182,22 +185,24 @@ std::vector<at::Tensor> roi_align_backward(
     if (!at::globalContext().deterministicAlgorithms()) {
       const bool tiled = in_tiles<scalar_t>(
           rois.size(0), options, in_packs<scalar_t>(sizes[1], grads),
-          [&](auto pack, const Tiles& tiles, int blocks, int64_t bytes) {
-            scatter_tiles_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, bytes, stream>>>(
+          [&](auto pack, const Tiles& tiles, int64_t bytes) {
+            scatter_tiles_kernel<scalar_t, acc_t, pack><<<tiles.blocks(), kThreads, bytes, stream>>>(
                 tiles, grad_data, box_data, level_data, options, pyramid);
           });
       if (!tiled) {
-        scatter_kernel<scalar_t, acc_t><<<blocks_for(grads.numel()), kThreads, 0, stream>>>(
-            grads.numel(), grad_data, box_data, level_data, options, pyramid);
+        const auto tiles = tiles_of_elements(rois.size(0), options, kElements);
+        scatter_kernel<scalar_t, acc_t><<<tiles.blocks(), kThreads, 0, stream>>>(
+            tiles, grad_data, box_data, level_data, options, pyramid);
       }
       C10_CUDA_KERNEL_LAUNCH_CHECK();
       return;
     }
     for (int i = 0; i < options.num_levels; ++i) {
       if (outputs[i].numel() > 0) {
-        scatter_rows_kernel<scalar_t, acc_t>
-            <<<blocks_for(sizes[0] * sizes[1] * sizes[2 + 2 * i]), kThreads, 0, stream>>>(
-                rois.size(0), grad_data, box_data, level_data, options, i, pyramid.data[i]);
+        const int64_t rows = sizes[0] * sizes[1] * sizes[2 + 2 * i];
+        const int64_t blocks = std::min((rows + kThreads - 1) / kThreads, kMaxBlocks);
+        scatter_rows_kernel<scalar_t, acc_t><<<blocks, kThreads, 0, stream>>>(
+            rois.size(0), grad_data, box_data, level_data, options, i, pyramid.data[i]);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
       }
     }
