@@ -27,12 +27,15 @@ from detectors import (
 from torch import Tensor, nn
 
 
-def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False) -> Step:
+def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False, compile: bool = False) -> Step:
     from mmdet.utils.env import setup_cpu, to_device
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
     to_device(model, args.device)
+    if compile:  # as tools/train.py --compile does
+        model.backbone.compile()
+        model.neck.compile()
     batch = load_batch(cfg, 'train', args, int(args.case))
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
 
@@ -49,6 +52,10 @@ def context(args: argparse.Namespace) -> Step:
 
 def bfloat16(args: argparse.Namespace) -> Step:
     return plain(args, PLAIN, amp=True)
+
+
+def compiled(args: argparse.Namespace) -> Step:
+    return plain(args, compile=True)
 
 
 def torchvision(args: argparse.Namespace) -> Step:
@@ -91,7 +98,8 @@ def agree(args: argparse.Namespace, results: dict[str, Any]) -> Iterable[str]:
 
 
 PEERS: dict[str, Peer] = {
-    'torchvision': torchvision, 'float32': plain, 'float32, GC r4': context, 'bfloat16': bfloat16}
+    'torchvision': torchvision, 'float32': plain, 'float32, GC r4': context, 'float32, compiled': compiled,
+    'bfloat16': bfloat16}
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
