@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import re
@@ -172,6 +173,7 @@ def run_tool(main: Callable[[Sequence[str]], None], interrupted: str = 'interrup
     if torch.distributed.is_initialized():
         if status:
             os._exit(status)  # an orderly end would wait for the other processes, or abort with noise
+        gc.collect()  # models hold the process group, whose threads must end before the interpreter does
         torch.distributed.destroy_process_group()
     sys.exit(status)
 

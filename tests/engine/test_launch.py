@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from mmdet.engine import launch
 
@@ -86,6 +88,23 @@ def status_of(main, monkeypatch: pytest.MonkeyPatch) -> int:
     with pytest.raises(SystemExit) as end:
         launch.run_tool(main)
     return end.value.code
+
+
+def test_threads_of_a_process_group_end_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that frees a tensor while the interpreter ends would abort it, seldom and after all is done."""
+    def gloo_threads() -> int:
+        return sum(path.read_text().startswith('pt_gloo') for path in Path('/proc/self/task').glob('*/comm'))
+
+    def main(argv: list[str]) -> None:
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meet', rank=0, world_size=1)
+        model = torch.nn.Linear(1, 1)
+        model.group, model.cycle = dist.group.WORLD, [model]  # as distributed models have them
+        dist.barrier()
+        assert gloo_threads() > before
+
+    before = gloo_threads()
+    assert status_of(main, monkeypatch) == 0
+    assert gloo_threads() == before
 
 
 def test_expected_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
