@@ -24,8 +24,8 @@ inline int64_t multiprocessors() {
   return count;
 }
 
-// How blocks pass over channels_last maps: threads side by side take a pack of channels each, `wide` of them a position,
-// and a thread takes `steps` positions, `slices` apart.
+// How blocks pass over channels_last maps: threads side by side take a pack of channels each, `wide` of them a
+// position, and a thread takes `steps` positions, `slices` apart.
 struct Rows {
   int64_t area, columns, groups, chunks;  // packs of a position; blocks that share one, and blocks over positions
   int wide, slices, steps;
@@ -95,7 +95,7 @@ struct Softmax {
   int64_t area = 0;
 };
 
-// (groups, count, C) -> (groups, C), in an order that does not vary. A block sums 32 channels, a warp some of the parts.
+// (groups, count, C) -> (groups, C), in an order that does not vary. A block sums 32 channels, a warp some parts.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarp) sum_parts_kernel(
     int64_t count, int64_t channels, int64_t blocks, const T* parts, Softmax<T> softmax, T* output) {
