@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 
 def plain(args: argparse.Namespace, config: str = PLAIN, amp: bool = False, compile: bool = False) -> Step:
+    from mmdet.engine.runner import compile_backbone_and_neck
     from mmdet.utils.env import setup_cpu, to_device
 
     setup_cpu()
     cfg, model = build_detector(config, int(args.case))
     to_device(model, args.device)
-    if compile:  # as tools/train.py --compile does
-        model.backbone.compile()
-        model.neck.compile()
+    if compile:
+        compile_backbone_and_neck(model)
     batch = load_batch(cfg, 'train', args, int(args.case))
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key not in ('type', 'lr')}
 

@@ -88,14 +88,10 @@ class DetectionRunner(Runner):
             broadcast(value)
 
     def _maybe_compile(self, target: str) -> None:
-        """torch.compile of backbone and neck as ``cfg.compile`` says: True, or a dict of its arguments.
-
-        The names in the state dict stay. The heads are left alone: their shapes change with every image.
-        """
+        """Compile the model as ``cfg.compile`` says: True, or a dict of torch.compile's arguments."""
         options = self.cfg.get('compile')
         if options:
-            for part in ('backbone', 'neck'):
-                self.bare_model.get_submodule(part).compile(**({} if options is True else options))
+            compile_backbone_and_neck(self.bare_model, **({} if options is True else options))
 
     # ---------------------------------------------------------------- log
 
@@ -306,6 +302,15 @@ class DetectionRunner(Runner):
             for scheduler in schedulers:
                 if scheduler.by_epoch and epoch_ends:
                     scheduler.step()
+
+
+def compile_backbone_and_neck(model: nn.Module, **options: Any) -> None:
+    """torch.compile of these two with ``options``; names in the state dict stay.
+
+    The heads are left alone: their shapes change with every image.
+    """
+    for part in ('backbone', 'neck'):
+        model.get_submodule(part).compile(**options)
 
 
 def _of_this_optimizer(saved: dict[str, Any], groups: list[dict[str, Any]]) -> bool:

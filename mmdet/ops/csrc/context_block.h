@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/macros/Macros.h>
 #include <c10/util/DimVector.h>
 #include <c10/util/Exception.h>
 
@@ -14,7 +15,7 @@
 
 namespace mmdet {
 
-inline int64_t divide_up(int64_t a, int64_t b) {
+C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 

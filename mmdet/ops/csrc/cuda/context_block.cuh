@@ -2,27 +2,20 @@
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../context_block.h"
+#include "device.cuh"
 #include "pack.cuh"
 
 namespace mmdet {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBatch = 8;     // packs that a thread has under way
 constexpr int kUnderWay = 2;  // the same, where it reads and writes once
-
-inline int64_t multiprocessors() {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
-  return count;
-}
 
 // How blocks pass over channels_last maps: threads side by side take a pack of channels each, `wide` of them a
 // position, and a thread takes `steps` positions, `slices` apart.

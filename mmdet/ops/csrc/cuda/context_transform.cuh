@@ -18,12 +18,7 @@ constexpr int kImages = 16 / sizeof(T);  // that a thread takes together: few, s
 
 template <int kPack, typename T, typename W>
 __device__ __forceinline__ Pack<T, kPack> load_as(const W* data) {
-  const auto given = load<kPack>(data);
-  Pack<T, kPack> pack;
-  for (int j = 0; j < kPack; ++j) {
-    pack.value[j] = static_cast<T>(given.value[j]);
-  }
-  return pack;
+  return unpack<T, W, kPack>(load_words<kPack>(data));
 }
 
 // f(a type of parameters, the computing type): they are read as they are if all are alike, and no wider.

@@ -16,7 +16,7 @@ template <typename W, typename T>
 __device__ void find_grad_input(
     int64_t block, int64_t images, int64_t rows, int64_t size, const T* grad, const W* weight, T* grad_input) {
   __shared__ T parts[kImages<T>][kWarp][kWarp];
-  const int64_t strips = (size + kWarp - 1) / kWarp, batch = divide(block, strips);
+  const int64_t strips = divide_up(size, kWarp), batch = divide(block, strips);
   const int64_t k = (block - batch * strips) * kWarp + threadIdx.x, first = batch * kImages<T>, n = first + threadIdx.y;
   T sums[kImages<T>] = {};
   if (k < size) {

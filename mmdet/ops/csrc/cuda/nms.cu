@@ -1,6 +1,7 @@
 // Greedy NMS on CUDA, in one kernel of as many blocks as run at a time. In turns, a block settles the next 256 boxes of
 // a group, 64 at a time, and all blocks remove what these overlap from the rest of the groups. Soft-NMS: one block.
 #include "../nms.h"
+#include "device.cuh"
 #include "pack.cuh"
 
 #include <ATen/ATen.h>
@@ -104,7 +105,7 @@ __device__ void settle(const Work<T>& work, int64_t start, int64_t chunk, T thre
       atomicOr(&later[lane], word);
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
+    if (threadIdx.x < kWarp) {
       Word settled = removed;
 #pragma unroll
       for (int b = 0; b < kTile; ++b) {
@@ -133,10 +134,10 @@ __device__ void settle(const Work<T>& work, int64_t start, int64_t chunk, T thre
 template <typename T>
 __device__ void sweep(const Work<T>& work, int64_t chunk, T threshold) {
   const int64_t rest = work.size - chunk - kChunk, threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int parts = static_cast<int>(max(int64_t{1}, min(threads / max(rest, int64_t{1}), int64_t{kStrips})));
-  const int64_t warps = (rest + 31) / 32 * parts;
-  for (int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 32; warp < warps; warp += threads / 32) {
-    const int64_t group = divide(warp, parts), i = chunk + kChunk + group * 32 + threadIdx.x % 32;
+  const int64_t parts = max(int64_t{1}, min(threads / rest, int64_t{kStrips}));
+  const int64_t warps = (rest + kWarp - 1) / kWarp * parts, step = threads / kWarp;
+  for (int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp; warp < warps; warp += step) {
+    const int64_t batch = divide(warp, parts), i = chunk + kChunk + batch * kWarp + threadIdx.x % kWarp;
     if (i >= work.size || work.gone[i]) {
       continue;
     }
@@ -148,7 +149,7 @@ __device__ void sweep(const Work<T>& work, int64_t chunk, T threshold) {
     const int64_t end = work.after[start];
     bool gone = false;
 #pragma unroll 4
-    for (int64_t j = work.before[start] + warp - group * parts; j < end; j += parts) {
+    for (int64_t j = work.before[start] + warp - batch * parts; j < end; j += parts) {
       gone |= overlaps(kept[j], box, threshold);
     }
     if (gone) {
@@ -188,14 +189,12 @@ __global__ void __launch_bounds__(kThreads) nms_kernel(const __grid_constant__ W
 
 template <typename T>
 void run_nms(Work<T> work, T threshold) {
-  int device = 0, blocks = 0, multiprocessors = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  int blocks = 0;
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, nms_kernel<T>, kThreads, 0));
   const int64_t tiles = (work.size + kTile - 1) / kTile;
   void* arguments[] = {&work, &threshold};
   C10_CUDA_CHECK(cudaLaunchCooperativeKernel(
-      nms_kernel<T>, std::min<int64_t>(tiles, blocks * multiprocessors), kThreads, arguments, 0,
+      nms_kernel<T>, std::min(tiles, blocks * multiprocessors()), kThreads, arguments, 0,
       c10::cuda::getCurrentCUDAStream()));
 }
 

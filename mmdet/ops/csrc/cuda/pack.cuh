@@ -64,11 +64,6 @@ __device__ __forceinline__ void forget_conversions(P& pack) {
   }
 }
 
-// 32-bit division is several times faster than 64-bit.
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-  return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-}
-
 // Whether rows of `size` elements can be read in packs, also by the narrower type of the two.
 template <typename scalar_t, typename... Tensors>
 bool in_packs(int64_t size, const Tensors&... tensors) {

@@ -1,5 +1,6 @@
 // Pasting masks into boxes on CUDA: the GPU gives one bit a pixel of each box, the CPU makes the runs.
 #include "../paste_masks.h"
+#include "device.cuh"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -11,7 +12,6 @@
 namespace mmdet {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kBlocks = 64;  // of one mask
 

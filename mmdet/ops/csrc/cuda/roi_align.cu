@@ -44,9 +44,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) pool_tiles_k
   scalar_t* tile = reinterpret_cast<scalar_t*>(shared_memory);
   const unsigned bins = options.height * options.width, width = options.width;
   for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-    const int64_t k = divide(t, tiles.chunks);
-    const int first = static_cast<int>(t - k * tiles.chunks) * tiles.lanes;
-    const unsigned lanes = min(tiles.lanes, options.channels / kPack - first);
+    const auto [k, first, count] = tiles.at(t);
+    const unsigned lanes = count;
     share_roi(k, rois, levels, options, roi);
     __syncthreads();
     const Level& level = options.levels[roi.level];

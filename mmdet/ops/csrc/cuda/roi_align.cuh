@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../roi_align.h"
+#include "device.cuh"
 #include "pack.cuh"
 
 #include <c10/cuda/CUDAException.h>
@@ -149,15 +150,27 @@ __device__ void visit_bin(const Roi<T, A>& roi, const Level& level, int bin_y, i
   }
 }
 
-// How (K, C, height, width) is cut in tiles, one for a block at a time: `lanes` packs of channels of one RoI.
+// Some packs of channels of a RoI.
+struct Tile {
+  int64_t roi;
+  int first, lanes;  // the first pack, and how many there are
+};
+
+// How (K, C, height, width) is cut in tiles, one for a block at a time.
 struct Tiles {
   int64_t count;
-  int chunks, lanes;  // tiles of a RoI, packs of a tile; the last one may have fewer
+  int packs, chunks, lanes;  // packs and tiles of a RoI, packs of a tile; the last one may have fewer
 
-  Tiles(int64_t num_rois, int packs, int64_t most) {
+  Tiles(int64_t num_rois, int packs, int64_t most) : packs(packs) {
     chunks = static_cast<int>((packs + most - 1) / most);
     lanes = (packs + chunks - 1) / chunks;
     count = num_rois * chunks;
+  }
+
+  __device__ Tile at(int64_t t) const {
+    const int64_t roi = divide(t, chunks);
+    const int first = static_cast<int>(t - roi * chunks) * lanes;
+    return {roi, first, min(lanes, packs - first)};
   }
 
   int blocks() const {
@@ -172,13 +185,12 @@ __device__ void visit_elements(
   __shared__ SharedRoi<T> roi;
   const unsigned width = options.width, bins = options.height * width;
   for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-    const int64_t k = divide(t, tiles.chunks);
-    const int first = static_cast<int>(t - k * tiles.chunks) * tiles.lanes;
+    const auto [k, first, lanes] = tiles.at(t);
     share_roi(k, rois, levels, options, roi);
     __syncthreads();
     const Level& level = options.levels[roi.level];
     const int64_t plane = roi.image * level.image + first * level.channel;
-    const unsigned size = min(tiles.lanes, options.channels - first) * bins;
+    const unsigned size = lanes * bins;
     for (unsigned i = threadIdx.x; i < size; i += kThreads) {
       const unsigned lane = i / bins, bin = i % bins;
       visit((k * options.channels + first) * bins + i, roi, plane + lane * level.channel, bin / width, bin % width);

@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 2) scatter_tile
   scalar_t* tile = reinterpret_cast<scalar_t*>(shared_memory);
   const unsigned bins = options.height * options.width;
   for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-    const int64_t k = divide(t, tiles.chunks);
-    const int first = static_cast<int>(t - k * tiles.chunks) * tiles.lanes;
-    const unsigned lanes = min(tiles.lanes, options.channels / kPack - first), channels = lanes * kPack;
+    const auto [k, first, count] = tiles.at(t);
+    const unsigned lanes = count, channels = lanes * kPack;
     share_roi(k, rois, levels, options, roi);
     const scalar_t* source = grad + (k * options.channels + first * kPack) * bins;
     for (unsigned i = threadIdx.x; i < lanes * bins; i += kThreads) {
