@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/macros/Macros.h>
 #include <c10/util/DimVector.h>
 #include <c10/util/Exception.h>
 
@@ -11,13 +10,10 @@
 #include <optional>
 
 #include "compute_type.h"
+#include "divide.h"
 #include "layout.h"
 
 namespace mmdet {
-
-C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // `to` is dispatched even if there is nothing to do.
 inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType type) {

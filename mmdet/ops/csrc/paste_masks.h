@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "compute_type.h"
+#include "divide.h"
 
 namespace mmdet {
 
@@ -26,7 +27,7 @@ struct Region {
   int64_t first_word = 0;  // where its bits begin, column by column
 
   C10_HOST_DEVICE int64_t words() const {  // of one column
-    return (rows + kWord - 1) / kWord;
+    return divide_up(rows, kWord);
   }
 };
 

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../divide.h"
+
 namespace mmdet {
 
 constexpr int64_t kTile = 16, kStrip = 256;  // channels and cells of a tile, cells of a task
@@ -31,7 +33,7 @@ inline __attribute__((always_inline)) void transpose_tile(
 // Planes (N, C, P) to cells (N, P, C), or the other way round.
 template <bool to_cells, typename T>
 void transpose(const T* source, int64_t images, int64_t channels, int64_t area, T* target) {
-  const int64_t strips = (area + kStrip - 1) / kStrip;
+  const int64_t strips = divide_up(area, kStrip);
   at::parallel_for(0, images * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % strips * kStrip, image = i / strips * channels * area;

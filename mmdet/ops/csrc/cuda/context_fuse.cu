@@ -245,7 +245,7 @@ at::Tensor context_fuse(
         channels_last_kernel<scalar_t, acc_t, pack><<<x.size(0) * rows.chunks * rows.groups, kThreads, 0, stream>>>(
             rows, map, factor, term, residual, relu, out);
       } else {
-        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
+        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>(divide_up(count, kThreads), 1 << 20);
         contiguous_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
             count, area, map, factor, term, residual, relu, out);
       }

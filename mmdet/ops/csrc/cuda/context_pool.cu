@@ -199,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor> context_pool_backward(
         channels_last_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
             rows, start, pa, pl, pg, pw, out);
       } else {
-        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 1 << 20);
+        const int64_t count = x.numel() / pack, blocks = std::min<int64_t>(divide_up(count, kThreads), 1 << 20);
         contiguous_grad_kernel<scalar_t, acc_t, pack><<<blocks, kThreads, 0, stream>>>(
             count, plan.channels, plan.area, start, pa, pl, pg, pw, out);
       }

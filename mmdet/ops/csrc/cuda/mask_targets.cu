@@ -1,4 +1,5 @@
 // Mask targets on CUDA: a thread samples one bin. Sums are in float64, as on the CPU.
+#include "../divide.h"
 #include "../mask_targets.h"
 
 #include <ATen/Dispatch.h>
@@ -76,7 +77,7 @@ at::Tensor mask_targets(
   if (count == 0) {
     return targets;
   }
-  const int64_t blocks = std::min((count + kThreads - 1) / kThreads, kMaxBlocks);
+  const int64_t blocks = std::min(divide_up(count, kThreads), kMaxBlocks);
   AT_DISPATCH_FLOATING_TYPES(type, "mask_targets", [&] {
     mask_targets_kernel<scalar_t><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         count, bytes.const_data_ptr<uint8_t>(), bytes.size(0), table.const_data_ptr<int64_t>(), crops.size(0),

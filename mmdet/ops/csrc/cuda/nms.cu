@@ -1,5 +1,6 @@
 // Greedy NMS on CUDA, in one kernel of as many blocks as run at a time. In turns, a block settles the next 256 boxes of
 // a group, 64 at a time, and all blocks remove what these overlap from the rest of the groups. Soft-NMS: one block.
+#include "../divide.h"
 #include "../nms.h"
 #include "device.cuh"
 #include "pack.cuh"
@@ -135,7 +136,7 @@ template <typename T>
 __device__ void sweep(const Work<T>& work, int64_t chunk, T threshold) {
   const int64_t rest = work.size - chunk - kChunk, threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t parts = max(int64_t{1}, min(threads / rest, int64_t{kStrips}));
-  const int64_t warps = (rest + kWarp - 1) / kWarp * parts, step = threads / kWarp;
+  const int64_t warps = divide_up(rest, kWarp) * parts, step = threads / kWarp;
   for (int64_t warp = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kWarp; warp < warps; warp += step) {
     const int64_t batch = divide(warp, parts), i = chunk + kChunk + batch * kWarp + threadIdx.x % kWarp;
     if (i >= work.size || work.gone[i]) {
@@ -191,7 +192,7 @@ template <typename T>
 void run_nms(Work<T> work, T threshold) {
   int blocks = 0;
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, nms_kernel<T>, kThreads, 0));
-  const int64_t tiles = (work.size + kTile - 1) / kTile;
+  const int64_t tiles = divide_up(work.size, kTile);
   void* arguments[] = {&work, &threshold};
   C10_CUDA_CHECK(cudaLaunchCooperativeKernel(
       nms_kernel<T>, std::min(tiles, blocks * multiprocessors()), kThreads, arguments, 0,

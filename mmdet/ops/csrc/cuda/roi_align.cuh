@@ -5,6 +5,7 @@
 // neighbouring bins.
 #pragma once
 
+#include "../divide.h"
 #include "../roi_align.h"
 #include "device.cuh"
 #include "pack.cuh"
@@ -162,8 +163,8 @@ struct Tiles {
   int packs, chunks, lanes;  // packs and tiles of a RoI, packs of a tile; the last one may have fewer
 
   Tiles(int64_t num_rois, int packs, int64_t most) : packs(packs) {
-    chunks = static_cast<int>((packs + most - 1) / most);
-    lanes = (packs + chunks - 1) / chunks;
+    chunks = static_cast<int>(divide_up(packs, most));
+    lanes = static_cast<int>(divide_up(packs, chunks));
     count = num_rois * chunks;
   }
 

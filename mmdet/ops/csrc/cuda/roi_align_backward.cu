@@ -199,7 +199,7 @@ std::vector<at::Tensor> roi_align_backward(
     for (int i = 0; i < options.num_levels; ++i) {
       if (outputs[i].numel() > 0) {
         const int64_t rows = sizes[0] * sizes[1] * sizes[2 + 2 * i];
-        const int64_t blocks = std::min((rows + kThreads - 1) / kThreads, kMaxBlocks);
+        const int64_t blocks = std::min(divide_up(rows, kThreads), kMaxBlocks);
         scatter_rows_kernel<scalar_t, acc_t><<<blocks, kThreads, 0, stream>>>(
             rois.size(0), grad_data, box_data, level_data, options, i, pyramid.data[i]);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
