@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.attention import NonLocal, SimplifiedNonLocal, SqueezeExcitation
-from mmdet.models.layers.conv import dense
+from mmdet.models.layers.conv import blocked, dense
 from mmdet.models.layers.norm import affine_of
 from mmdet.ops import context_fuse, context_pool, context_transform
 
@@ -113,7 +113,7 @@ class ContextBlock(nn.Module):
         return context_fuse(x, *self._scale_and_shift(context, affine), identity, relu)
 
     def after_conv(self, x: Tensor, conv: nn.Conv2d, norm: nn.Module, identity: Tensor) -> Tensor:
-        """``relu(self(norm(conv(x))) + identity)`` of maps in oneDNN's layout (:func:`blocked`).
+        """``relu(self(norm(conv(x))) + identity)`` of maps in oneDNN's layout; ``identity`` may be dense.
 
         ``conv`` is 1x1, ``norm`` a batch norm in eval mode or none. Both are linear: what they make of the
         pooled input is their output's context, and the input has fewer channels.
@@ -127,7 +127,8 @@ class ContextBlock(nn.Module):
             return context_fuse(dense(x), scale, shift, dense(identity), relu=True)
         zeros, ones = context.new_zeros(x.shape[1]), context.new_ones(x.shape[1])
         scale, shift = ones if scale is None else scale[0], zeros if shift is None else shift[0]
-        return F.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0).add_(identity), inplace=True)
+        out = F.batch_norm(x, zeros, ones, scale, shift, eps=0)
+        return F.relu(out.add_(blocked(identity)), inplace=True)
 
     def _logits_of(self, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the positions' logits, None where all weigh alike; ``affine`` comes before.

@@ -114,16 +114,19 @@ def test_backbone(
 
 
 @needs_blocks
-@pytest.mark.parametrize('gcb, chains', [
-    (GCB, 1),
-    (GCB | dict(fusion_types=('channel_mul',), pooling_type='avg'), 1),
-    (GCB | dict(position='after_add'), 1 + 3 + 1),
-    (dict(type='SE'), 1 + 3 + 1)])
+@pytest.mark.parametrize('gcb, stages, chains', [
+    (GCB, (False, True, False, False), 1),
+    (GCB | dict(fusion_types=('channel_mul',), pooling_type='avg'), (False, True, False, False), 1),
+    (GCB | dict(position='after_add'), (False, True, False, False), 1 + 3 + 1),
+    (dict(type='SE'), (False, True, False, False), 1 + 3 + 1),
+    # Where a dense map comes in, what conv1 makes of it and the identity are brought.
+    (GCB, (True, False, False, False), 2),
+    (GCB, (True,) * 4, 2)])
 def test_one_image_stays_in_blocks_behind_a_context_block(
-    gcb: dict[str, Any], chains: int, trained: Callable[[nn.Module], nn.Module],
-    monkeypatch: pytest.MonkeyPatch,
+    gcb: dict[str, Any], stages: tuple[bool, ...], chains: int,
+    trained: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net = trained(ResNet(50, gcb=gcb, stage_with_gcb=(False, True, False, False), zero_init_residual=False))
+    net = trained(ResNet(50, gcb=gcb, stage_with_gcb=stages, zero_init_residual=False))
     assert count_blocked(net.eval(), torch.rand(1, 3, 64, 96), monkeypatch) == chains
 
 
