@@ -1,4 +1,4 @@
-"""The two ends of a global context block (Cao et al., GCNet, 2019, section 3.4): pooling and fusion."""
+"""The two ends of a global context block (GCNet, arXiv 1904.11492, equation 5): pooling and fusion."""
 import torch
 from torch import Tensor
 

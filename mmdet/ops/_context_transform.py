@@ -1,4 +1,4 @@
-"""The middle of a global context block (Cao et al., GCNet, 2019, section 3.4): its transform."""
+"""The middle of a global context block (GCNet, arXiv 1904.11492, equation 5): its transform."""
 import torch
 from torch import Tensor
 

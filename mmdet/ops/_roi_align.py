@@ -23,7 +23,8 @@ def roi_align(
             Used in float32 (float64 for a float64 input), so keep them out of half precision.
         output_size: bins `(h, w)` of a RoI.
         spatial_scale: feature cells per pixel, 1 / stride.
-        sampling_ratio: samples per bin along each axis; 0 takes `ceil(RoI cells / bins)`, about one a cell.
+        sampling_ratio: samples per bin along each axis, at most 4096; 0 takes `ceil(RoI cells / bins)`,
+            about one a cell.
         aligned: shift by half a cell, so that pixel centres lie at .5. False is the older rule: no shift, and
             RoIs are at least one cell wide and high.
 
@@ -49,7 +50,7 @@ def mask_targets(
     What a mask head learns (Mask R-CNN, section 3.1). Sums are exact for float32 boxes.
 
     Args:
-        pixels: `(B,)` uint8, 0 or 1, of all crops one after another, row by row.
+        pixels: `(B,)` uint8, 0 outside the object, of all crops one after another, row by row.
         crops: `(G, 5)` int64, rows `[first pixel, x1, y1, x2, y2]`: where in `pixels` a crop begins, and
             which pixels of the image it shows, all that its object has.
         boxes: `(P, 4)` xyxy in pixels of the image. Half precision is computed in float32.
@@ -86,6 +87,7 @@ def multilevel_roi_align(
     Args:
         features: levels `(N, C, H_i, W_i)` of one dtype, the finest first, on CUDA at most 8; fastest if all
             are channels_last.
+        rois, output_size, sampling_ratio: as for `roi_align`.
         spatial_scales: of each level.
         finest_scale: in pixels.
         shift: cells of its level that a RoI is moved to the right and down by. 0.5 undoes the half cell of

@@ -107,8 +107,10 @@ def test_strides():
 
 
 @pytest.mark.parametrize('masked', [False, True])
-def test_gradcheck(masked):
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_gradcheck(masked, layout):
     arguments = make_arguments(4, 2, 2, 2, size=(3, 4), kernel=(2, 2), padding=0, masked=masked)
+    arguments[0] = arguments[0].to(memory_format=layout)
     arguments[1] += 1 / 128  # away from whole offsets, where the derivative jumps
     leaves = [None if part is None else part.double().requires_grad_() for part in arguments]
     torch.autograd.gradcheck(deform_conv2d, leaves)
@@ -122,14 +124,15 @@ def test_no_gradient_of_the_gradient():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_opcheck(masked, layout):
-    x, *others = make_arguments(masked=masked)
+def test_opcheck(dtype, masked, layout):
+    x, *others = (None if part is None else part.to(dtype) for part in make_arguments(masked=masked))
     x = x.to(memory_format=layout)
     leaves = [None if part is None else part.clone().requires_grad_() for part in (x, *others)]
     torch.library.opcheck(torch.ops.mmdet.deform_conv2d.default, (*leaves, 1, 1))
-    grad = torch.randn(2, 8, 9, 11)
+    grad = torch.randn(2, 8, 9, 11, dtype=dtype)
     torch.library.opcheck(torch.ops.mmdet.deform_conv2d_backward.default, (grad, x, *others, 1, 1))
 
 

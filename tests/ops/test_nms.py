@@ -163,12 +163,13 @@ def test_soft_nms_follows_its_definition(device, dtype, method, threshold, sigma
     assert torch.equal(kept.cpu(), boxes[expected])
 
 
-def test_soft_nms_half_precision_keeps_its_dtype(device):
-    boxes, scores = make_boxes(50).bfloat16().to(device), torch.rand(50).bfloat16().to(device)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_soft_nms_half_precision_keeps_its_dtype(device, dtype):
+    boxes, scores = make_boxes(50).to(device, dtype), torch.rand(50).to(device, dtype)
     kept, kept_scores, keep = soft_nms(boxes, scores)
     reference = soft_nms(boxes.float(), scores.float())
-    assert kept.dtype == kept_scores.dtype == torch.bfloat16
-    assert torch.equal(keep, reference[2]) and torch.equal(kept_scores, reference[1].bfloat16())
+    assert kept.dtype == kept_scores.dtype == dtype
+    assert torch.equal(keep, reference[2]) and torch.equal(kept_scores, reference[1].to(dtype))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -211,8 +212,9 @@ def test_errors(device):
         assert '\n' not in str(caught.value)
 
 
-def test_opcheck(device):
-    boxes, scores = make_boxes(20).to(device), torch.rand(20, device=device)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck(device, dtype):
+    boxes, scores = make_boxes(20).to(device, dtype), torch.rand(20).to(device, dtype)
     for groups in (None, torch.arange(20, device=device) % 2):
         torch.library.opcheck(torch.ops.mmdet.nms.default, (boxes, scores, groups, 0.5))
     torch.library.opcheck(torch.ops.mmdet.soft_nms.default, (boxes, scores, 0.3, 0.5, 1e-3, 'gaussian'))

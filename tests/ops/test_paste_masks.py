@@ -140,9 +140,14 @@ def test_mixed_devices():
         paste_masks(torch.rand(3, 28, 28, device='cuda'), torch.rand(3, 4), 9, 9, 0.5)
 
 
-def test_opcheck_and_compile(device):
-    masks, boxes = torch.rand(5, 28, 28, device=device), make_boxes(5, 40, 50).to(device)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck(device, dtype):
+    masks, boxes = torch.rand(5, 28, 28).to(device, dtype), make_boxes(5, 40, 50).to(device, dtype)
     torch.library.opcheck(torch.ops.mmdet.paste_masks.default, (masks, boxes, 40, 50, 0.5))
+
+
+def test_compile(device):
+    masks, boxes = torch.rand(5, 28, 28, device=device), make_boxes(5, 40, 50).to(device)
 
     def paste(masks: Tensor) -> tuple[Tensor, Tensor]:
         texts, lengths = paste_masks(masks.sigmoid(), boxes, 40, 50, 0.6)

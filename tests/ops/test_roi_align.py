@@ -263,7 +263,8 @@ def test_errors(device):
             ((x[0], rois, 7, 1.0), ValueError, r'input must be \(N, C, H, W\), got \[2, 8, 8\]'),
             ((x, rois[:, :4], 7, 1.0), ValueError, r'rois must be \(K, 5\) .*, got \[3, 4\]'),
             ((x, rois, 0, 1.0), ValueError, 'output size must be positive, got 0 x 0'),
-            ((x, rois, 7, 1.0, -1), ValueError, 'sampling_ratio must not be negative, got -1'),
+            ((x, rois, 7, 1.0, -1), ValueError, 'sampling_ratio must be 0 to 4096, got -1'),
+            ((x, rois, 7, 1.0, 2**32), ValueError, f'sampling_ratio must be 0 to 4096, got {2**32}'),
             ((x.int(), rois, 7, 1.0), TypeError, 'input must be floating point, got Int'),
             ((x, rois.int(), 7, 1.0), TypeError, 'rois must be floating point, got Int')]:
         with pytest.raises(error, match=message) as caught:

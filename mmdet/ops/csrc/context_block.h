@@ -20,6 +20,11 @@ inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
+// (N, C) in the computing type, undefined where there is none.
+inline at::Tensor per_channel(const std::optional<at::Tensor>& given, at::ScalarType type) {
+  return given ? cast(*given, type).contiguous() : at::Tensor();
+}
+
 // A gradient in the dtype and the sizes of what it belongs to.
 inline at::Tensor like(const at::Tensor& grad, const at::Tensor& given) {
   const auto part = cast(grad, given.scalar_type());

@@ -27,7 +27,7 @@ struct RoiSamples {
 };
 
 // Bounds the work that a diverged network's box can ask for; no feature map is that wide.
-constexpr int kMaxAdaptiveGrid = 4096;
+constexpr int kMaxGrid = 4096;
 
 // What holds for the RoIs of all levels.
 struct RoiRule {
@@ -35,6 +35,13 @@ struct RoiRule {
   bool aligned = true;
   double shift = 0;         // cells to the right and down
   double finest_scale = 0;  // pixels; 0: the level of a RoI is given, or there is but one
+
+  RoiRule() = default;
+  RoiRule(int64_t sampling_ratio, bool aligned, double shift, std::optional<double> finest_scale)
+      : sampling_ratio(static_cast<int>(sampling_ratio)),
+        aligned(aligned),
+        shift(shift),
+        finest_scale(finest_scale.value_or(0)) {}
 };
 
 template <typename T>
@@ -48,7 +55,7 @@ C10_HOST_DEVICE inline RoiSamples<T> roi_samples(T low, T high, T spatial_scale,
   const T bin = size / bins;
   int grid = rule.sampling_ratio;
   if (grid <= 0) {  // NaN and empty RoIs have no points
-    grid = !(bin > T(0)) ? 0 : bin < T(kMaxAdaptiveGrid) ? static_cast<int>(std::ceil(bin)) : kMaxAdaptiveGrid;
+    grid = !(bin > T(0)) ? 0 : bin < T(kMaxGrid) ? static_cast<int>(std::ceil(bin)) : kMaxGrid;
   }
   return {start, bin, grid};
 }
@@ -117,7 +124,8 @@ inline void check_roi_align(
       !features.empty() && features.size() == spatial_scales.size(), "roi_align: ", features.size(), " levels, but ",
       spatial_scales.size(), " spatial scales");
   TORCH_CHECK_VALUE(
-      rois.dim() == 2 && rois.size(1) == 5, "roi_align: rois must be (K, 5) [image, x1, y1, x2, y2], got ", rois.sizes());
+      rois.dim() == 2 && rois.size(1) == 5, "roi_align: rois must be (K, 5) [image, x1, y1, x2, y2], got ",
+      rois.sizes());
   TORCH_CHECK_TYPE(
       at::isFloatingType(rois.scalar_type()), "roi_align: rois must be floating point, got ", rois.scalar_type());
   const auto& first = features[0];
@@ -136,7 +144,9 @@ inline void check_roi_align(
   }
   TORCH_CHECK_VALUE(
       height > 0 && width > 0, "roi_align: output size must be positive, got ", height, " x ", width);
-  TORCH_CHECK_VALUE(sampling_ratio >= 0, "roi_align: sampling_ratio must not be negative, got ", sampling_ratio);
+  TORCH_CHECK_VALUE(
+      sampling_ratio >= 0 && sampling_ratio <= kMaxGrid, "roi_align: sampling_ratio must be 0 to ", kMaxGrid, ", got ",
+      sampling_ratio);
   TORCH_CHECK_VALUE(
       levels || finest_scale || features.size() == 1, "roi_align: ", features.size(),
       " levels, but neither the level of each RoI nor finest_scale");

@@ -67,9 +67,10 @@ def test_half_a_bin_is_covered(device: torch.device) -> None:
     assert mask_targets(*given, SHAPE, 5).all()
 
 
-def test_half_precision_boxes_are_computed_in_float32(device: torch.device) -> None:
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_boxes_are_computed_in_float32(device: torch.device, dtype: torch.dtype) -> None:
     pixels, crops, _ = make_masks(4)
-    boxes, matched = make_boxes(30).bfloat16(), torch.randint(0, 4, (30,))
+    boxes, matched = make_boxes(30).to(dtype), torch.randint(0, 4, (30,))
     given = [part.to(device) for part in (pixels, crops, boxes, matched)]
     found = mask_targets(*given, SHAPE, 14)
     given[2] = given[2].float()
@@ -84,6 +85,13 @@ def test_any_strides(device: torch.device) -> None:
     strided[1:3] = [part.t().contiguous().t() for part in given[1:3]]
     assert not any(part.is_contiguous() for part in strided)
     assert torch.equal(mask_targets(*strided, SHAPE, 9), mask_targets(*given, SHAPE, 9))
+
+
+def test_all_pixels_but_zeros_are_the_object(device: torch.device) -> None:
+    pixels, crops, _ = make_masks(5)
+    given = [part.to(device) for part in (crops, make_boxes(40), torch.randint(0, 5, (40,)))]
+    found, expected = (mask_targets(part.to(device), *given, SHAPE, 9) for part in (pixels * 255, pixels))
+    assert torch.equal(found, expected) and found.any()
 
 
 def test_boxes_that_are_not_finite_cover_nothing(device: torch.device) -> None:
@@ -104,9 +112,10 @@ def test_nothing(device: torch.device) -> None:
     assert not mask_targets(pixels, crop, box, none.new_zeros(1), SHAPE, 28).any()
 
 
-def test_opcheck(device: torch.device) -> None:
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_opcheck(device: torch.device, dtype: torch.dtype) -> None:
     pixels, crops, _ = make_masks(3)
-    given = [part.to(device) for part in (pixels, crops, make_boxes(8), torch.randint(0, 3, (8,)))]
+    given = [part.to(device) for part in (pixels, crops, make_boxes(8).to(dtype), torch.randint(0, 3, (8,)))]
     torch.library.opcheck(torch.ops.mmdet.mask_targets.default, (*given, *SHAPE, 5))
 
 

@@ -14,11 +14,6 @@ namespace {
 
 constexpr int64_t kRun = 1024;  // elements added before going to float64
 
-// (N, C) in the computing type, undefined where there is none.
-at::Tensor per_channel(const std::optional<at::Tensor>& given, at::ScalarType type) {
-  return given ? cast(*given, type).contiguous() : at::Tensor();
-}
-
 // Of a vector of channels; `value` where there are none.
 template <typename T>
 Vec<T> load(const T* channels, int64_t i, int64_t n, T value) {

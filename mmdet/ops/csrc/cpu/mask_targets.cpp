@@ -17,7 +17,7 @@ namespace {
 
 MMDET_SIMD void add_row(int64_t size, double weight, const uint8_t* row, double* __restrict__ sums) {
   for (int64_t i = 0; i < size; ++i) {
-    sums[i] += weight * row[i];
+    sums[i] += row[i] != 0 ? weight : 0.0;
   }
 }
 

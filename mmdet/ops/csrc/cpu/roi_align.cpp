@@ -154,7 +154,7 @@ at::Tensor roi_align(
     at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned,
     double shift, std::optional<double> finest_scale) {
   check_roi_align(features, rois, levels, spatial_scales, height, width, sampling_ratio, finest_scale);
-  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const RoiRule rule(sampling_ratio, aligned, shift, finest_scale);
   const int64_t num_rois = rois.size(0), channels = features[0].size(1), bins = height * width;
   std::vector<at::Tensor> inputs;
   std::vector<Level> pyramid;
@@ -195,7 +195,7 @@ std::vector<at::Tensor> roi_align_backward(
     const at::Tensor& grad, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, at::IntArrayRef sizes, bool channels_last, int64_t sampling_ratio,
     bool aligned, double shift, std::optional<double> finest_scale) {
-  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const RoiRule rule(sampling_ratio, aligned, shift, finest_scale);
   const int64_t images = sizes[0], channels = sizes[1], height = grad.size(2), width = grad.size(3);
   const int64_t bins = height * width;
   const auto options = grad.options().dtype(compute_type(grad));

@@ -205,11 +205,6 @@ __global__ void __launch_bounds__(kThreads) channels_last_grad_kernel(
   }
 }
 
-// (N, C) in the computing type, undefined where there is none.
-at::Tensor per_channel(const std::optional<at::Tensor>& given, const at::Tensor& x) {
-  return given ? cast(*given, compute_type(x)).contiguous() : at::Tensor();
-}
-
 template <typename T>
 const T* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
@@ -225,7 +220,7 @@ at::Tensor context_fuse(
     return context_fuse(x.to(type), scale, shift, identity, relu).to(x.scalar_type());
   }
   const auto layout = layout_of(x);
-  const auto features = x.contiguous(layout), mul = per_channel(scale, x), add = per_channel(shift, x);
+  const auto features = x.contiguous(layout), mul = per_channel(scale, type), add = per_channel(shift, type);
   const auto other = identity ? cast(*identity, x.scalar_type()).contiguous(layout) : at::Tensor();
   const int64_t channels = x.size(1), area = x.size(2) * x.size(3);
   auto output = at::empty(x.sizes(), x.options().memory_format(layout));
@@ -260,16 +255,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
     const at::Tensor& grad, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& output) {
   const c10::cuda::CUDAGuard guard(grad.device());
+  const auto type = compute_type(grad);
   const auto layout = layout_of(x ? *x : output ? *output : grad);
-  const auto g = grad.contiguous(layout), mul = per_channel(scale, grad);
+  const auto g = grad.contiguous(layout), mul = per_channel(scale, type);
   const auto features = x ? x->contiguous(layout) : at::Tensor();
   const auto y = output ? output->contiguous(layout) : at::Tensor();
   const int64_t images = grad.size(0), channels = grad.size(1), area = grad.size(2) * grad.size(3);
   const auto options = grad.options().memory_format(layout);
   auto grad_x = x ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
   auto masked = output ? at::empty(grad.sizes(), options) : at::empty({0}, grad.options());
-  const auto type = grad.options().dtype(compute_type(grad));
-  auto grad_scale = at::empty({x ? images : 0, channels}, type), grad_shift = at::empty({images, channels}, type);
+  const auto accumulated = grad.options().dtype(type);
+  auto grad_scale = at::empty({x ? images : 0, channels}, accumulated);
+  auto grad_shift = at::empty({images, channels}, accumulated);
   if (grad.numel() == 0) {
     return {grad_x, masked, grad_scale.zero_(), grad_shift.zero_()};
   }
@@ -293,7 +290,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> context_fuse_backward
       for (int part = 2; part <= 4 && images * rows.chunks * rows.groups < 4 * multiprocessors(); part *= 2) {
         rows = Rows(images, channels, area, pack, kSummed / part);
       }
-      const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, type);
+      const auto parts = at::empty({x ? 2 : 1, images * rows.chunks, channels}, accumulated);
       acc_t *part_sums = parts.mutable_data_ptr<acc_t>(), *part_dots = part_sums + images * rows.chunks * channels;
       const auto kernel = x ? (output ? channels_last_grad_kernel<scalar_t, acc_t, pack, true, true>
                                       : channels_last_grad_kernel<scalar_t, acc_t, pack, true, false>)

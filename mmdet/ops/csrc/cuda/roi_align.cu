@@ -16,8 +16,8 @@ constexpr int64_t kElements = 2048;  // of a tile that does not pass through sha
 
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) pool_kernel(
-    const Tiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
-    const __grid_constant__ Options options, scalar_t* output) {
+    const RoiTiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois,
+    const int64_t* levels, const __grid_constant__ Options options, scalar_t* output) {
   visit_elements(tiles, rois, levels, options, [&](int64_t i, const auto& roi, int64_t plane, int bin_y, int bin_x) {
     const scalar_t* cells = features.data[roi.level] + plane;
     T sum = 0;
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(
 
 template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2) pool_tiles_kernel(
-    const Tiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois, const int64_t* levels,
-    const __grid_constant__ Options options, scalar_t* output) {
+    const RoiTiles tiles, const __grid_constant__ Pyramid<const scalar_t> features, const T* rois,
+    const int64_t* levels, const __grid_constant__ Options options, scalar_t* output) {
   __shared__ SharedRoi<T> roi;
   scalar_t* tile = reinterpret_cast<scalar_t*>(shared_memory);
   const unsigned bins = options.height * options.width, width = options.width;
@@ -97,7 +97,7 @@ at::Tensor roi_align(
   if (output.numel() == 0) {
     return output;
   }
-  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const RoiRule rule(sampling_ratio, aligned, shift, finest_scale);
   const auto options = make_options(sizes, spatial_scales, height, width, rule, channels_last);
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -114,7 +114,7 @@ at::Tensor roi_align(
       packs = packs && in_packs<scalar_t>(sizes[1], inputs[i], output);
     }
     const bool tiled = in_tiles<scalar_t>(
-        rois.size(0), options, packs, [&](auto pack, const Tiles& tiles, int64_t bytes) {
+        rois.size(0), options, packs, [&](auto pack, const RoiTiles& tiles, int64_t bytes) {
           pool_tiles_kernel<scalar_t, acc_t, pack><<<tiles.blocks(), kThreads, bytes, stream>>>(
               tiles, pyramid, box_data, level_data, options, output_data);
         });

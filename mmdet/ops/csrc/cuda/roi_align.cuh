@@ -39,7 +39,7 @@ struct Pyramid {
 };
 
 template <typename T>
-struct Axis {
+struct RoiAxis {
   RoiSamples<T> points;
   int extent;
 
@@ -50,12 +50,12 @@ struct Axis {
 
 // Not inlined, which would keep an axis in registers where it is hardly ever needed.
 template <typename T>
-__device__ __noinline__ LinearTap<T> find_tap(const Axis<T>& axis, int b, int i) {
+__device__ __noinline__ LinearTap<T> find_tap(const RoiAxis<T>& axis, int b, int i) {
   return axis.at(b, i);
 }
 
 template <typename T>
-struct KeptAxis : Axis<T> {
+struct KeptAxis : RoiAxis<T> {
   bool kept;  // whether all taps are: they are too many where a grid is large
   LinearTap<T> taps[kMaxTaps];
 
@@ -64,7 +64,7 @@ struct KeptAxis : Axis<T> {
   }
 };
 
-template <typename T, typename A = Axis<T>>
+template <typename T, typename A = RoiAxis<T>>
 struct Roi {
   int level;
   int64_t image;
@@ -104,12 +104,12 @@ __device__ void share_roi(
     int64_t k, const T* rois, const int64_t* levels, const Options& options, SharedRoi<T>& shared) {
   const auto roi = make_roi(k, rois, levels, options);
   const bool vertical = threadIdx.x < kMaxTaps;
-  const Axis<T> axis = vertical ? roi.y : roi.x;
+  const RoiAxis<T> axis = vertical ? roi.y : roi.x;
   const int bins = vertical ? options.height : options.width, bin = threadIdx.x % kMaxTaps;
   KeptAxis<T>& target = vertical ? shared.y : shared.x;
   const bool kept = static_cast<int64_t>(bins) * axis.points.grid <= kMaxTaps;
   if (bin == 0) {
-    static_cast<Axis<T>&>(target) = axis;
+    static_cast<RoiAxis<T>&>(target) = axis;
     target.kept = kept;
   }
   if (threadIdx.x == 0) {
@@ -152,23 +152,23 @@ __device__ void visit_bin(const Roi<T, A>& roi, const Level& level, int bin_y, i
 }
 
 // Some packs of channels of a RoI.
-struct Tile {
+struct RoiTile {
   int64_t roi;
   int first, lanes;  // the first pack, and how many there are
 };
 
 // How (K, C, height, width) is cut in tiles, one for a block at a time.
-struct Tiles {
+struct RoiTiles {
   int64_t count;
   int packs, chunks, lanes;  // packs and tiles of a RoI, packs of a tile; the last one may have fewer
 
-  Tiles(int64_t num_rois, int packs, int64_t most) : packs(packs) {
+  RoiTiles(int64_t num_rois, int packs, int64_t most) : packs(packs) {
     chunks = static_cast<int>(divide_up(packs, most));
     lanes = static_cast<int>(divide_up(packs, chunks));
     count = num_rois * chunks;
   }
 
-  __device__ Tile at(int64_t t) const {
+  __device__ RoiTile at(int64_t t) const {
     const int64_t roi = divide(t, chunks);
     const int first = static_cast<int>(t - roi * chunks) * lanes;
     return {roi, first, min(lanes, packs - first)};
@@ -182,7 +182,7 @@ struct Tiles {
 // Calls visit(i, RoI, offset of the plane, bin_y, bin_x) for this thread's elements i of (K, C, height, width).
 template <typename T, typename Visit>
 __device__ void visit_elements(
-    const Tiles& tiles, const T* rois, const int64_t* levels, const Options& options, Visit visit) {
+    const RoiTiles& tiles, const T* rois, const int64_t* levels, const Options& options, Visit visit) {
   __shared__ SharedRoi<T> roi;
   const unsigned width = options.width, bins = options.height * width;
   for (int64_t t = blockIdx.x; t < tiles.count; t += gridDim.x) {
@@ -209,9 +209,9 @@ __device__ int tile_offset(int lane, int bins) {
 }
 
 // For visit_elements: tiles of some `size` elements.
-inline Tiles tiles_of_elements(int64_t num_rois, const Options& options, int64_t size) {
+inline RoiTiles tiles_of_elements(int64_t num_rois, const Options& options, int64_t size) {
   const int64_t bins = static_cast<int64_t>(options.height) * options.width;
-  return Tiles(num_rois, options.channels, std::max<int64_t>(1, size / bins));
+  return RoiTiles(num_rois, options.channels, std::max<int64_t>(1, size / bins));
 }
 
 // Calls launch(pack, tiles, bytes of shared memory) if the features are channels_last and the bins of one pack fit in a
@@ -224,7 +224,7 @@ bool in_tiles(int64_t num_rois, const Options& options, bool packs, const F& lau
     const int64_t bytes = (bins | 1) * pack * sizeof(scalar_t), most = std::min<int64_t>(kTileBytes / bytes, kMaxLanes);
     fits = options.levels[0].channel == 1 && most > 0;
     if (fits) {
-      const Tiles tiles(num_rois, count, most);
+      const RoiTiles tiles(num_rois, count, most);
       launch(pack, tiles, tiles.lanes * bytes);
     }
   });

@@ -18,7 +18,7 @@ constexpr int64_t kElements = 512;  // of a tile that does not pass through shar
 // Adds with atomics, in any order.
 template <typename scalar_t, typename T>
 __global__ void __launch_bounds__(kThreads) scatter_kernel(
-    const Tiles tiles, const scalar_t* grad, const T* rois, const int64_t* levels,
+    const RoiTiles tiles, const scalar_t* grad, const T* rois, const int64_t* levels,
     const __grid_constant__ Options options, const __grid_constant__ Pyramid<T> grad_features) {
   visit_elements(tiles, rois, levels, options, [&](int64_t i, const auto& roi, int64_t plane, int bin_y, int bin_x) {
     T* cells = grad_features.data[roi.level] + plane;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(
 // give a column of the feature first.
 template <typename scalar_t, typename T, int kPack>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 2) scatter_tiles_kernel(
-    const Tiles tiles, const scalar_t* grad, const T* rois, const int64_t* levels,
+    const RoiTiles tiles, const scalar_t* grad, const T* rois, const int64_t* levels,
     const __grid_constant__ Options options, const __grid_constant__ Pyramid<T> grad_features) {
   __shared__ SharedRoi<T> roi;
   scalar_t* tile = reinterpret_cast<scalar_t*>(shared_memory);
@@ -158,7 +158,7 @@ std::vector<at::Tensor> roi_align_backward(
     at::ArrayRef<double> spatial_scales, at::IntArrayRef sizes, bool channels_last, int64_t sampling_ratio,
     bool aligned, double shift, std::optional<double> finest_scale) {
   const c10::cuda::CUDAGuard guard(grad.device());
-  const RoiRule rule{static_cast<int>(sampling_ratio), aligned, shift, finest_scale.value_or(0)};
+  const RoiRule rule(sampling_ratio, aligned, shift, finest_scale);
   const auto options = make_options(sizes, spatial_scales, grad.size(2), grad.size(3), rule, channels_last);
   const auto grads = grad.contiguous();
   const auto assigned = levels ? levels->contiguous() : at::Tensor();
@@ -184,7 +184,7 @@ std::vector<at::Tensor> roi_align_backward(
     if (!at::globalContext().deterministicAlgorithms()) {
       const bool tiled = in_tiles<scalar_t>(
           rois.size(0), options, in_packs<scalar_t>(sizes[1], grads),
-          [&](auto pack, const Tiles& tiles, int64_t bytes) {
+          [&](auto pack, const RoiTiles& tiles, int64_t bytes) {
             scatter_tiles_kernel<scalar_t, acc_t, pack><<<tiles.blocks(), kThreads, bytes, stream>>>(
                 tiles, grad_data, box_data, level_data, options, pyramid);
           });
