@@ -127,7 +127,7 @@ class FCNMaskHead2019(FCNMaskHead):
     def paste(self, masks: Tensor, boxes: Tensor, shape: tuple[int, int], threshold: float) -> list[RLE]:
         """As FCNMaskHead, but a probability of ``threshold`` itself is outside."""
         rles: list[RLE] = []
-        for mask, (x, y, width, height) in zip(masks.float().cpu().numpy(), _whole_pixels(boxes)):
+        for mask, (x, y, width, height) in zip(masks.detach().float().cpu().numpy(), _whole_pixels(boxes)):
             image = np.zeros(shape, np.uint8)
             inside = cv2.resize(mask, (width, height)) > threshold
             region = image[y:y + height, x:x + width]
@@ -138,7 +138,7 @@ class FCNMaskHead2019(FCNMaskHead):
 
 def _whole_pixels(boxes: Tensor) -> list[tuple[int, int, int, int]]:
     """(x, y, width, height) of half-open boxes (n, 4) with 2019's corners cut down to integers."""
-    corners = (boxes - boxes.new_tensor(LAST_PIXEL)).cpu().numpy().astype(np.int32).tolist()
+    corners = (boxes.detach() - boxes.new_tensor(LAST_PIXEL)).cpu().numpy().astype(np.int32).tolist()
     return [(x1, y1, max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)) for x1, y1, x2, y2 in corners]
 
 

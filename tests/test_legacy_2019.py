@@ -158,7 +158,7 @@ def test_mask_paste(units: dict[str, Any]) -> None:
     head, labels = mask_head(), torch.tensor(case['labels'])
     # Channel 0 was background's.
     logits = torch.tensor(case['logits'])[torch.arange(len(labels)), labels + 1]
-    probabilities = head.predict(logits[:, None])
+    probabilities = head.predict(logits[:, None]).requires_grad_()  # outside of torch.no_grad()
     found = head.paste(probabilities, original, tuple(case['ori_shape']), 0.5)
     rles = [rle for masks in case['rle'] for rle in masks]
     for rle, expected in zip(found, rles, strict=True):

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import mmdet
 from mmdet import checkpoint as checkpoint_file
+from mmdet.engine.optimizer_state import is_state_of, lay_out_state
 from mmdet.utils.env import to_device
 
 # What later epochs need of mmengine's message hub; all of it is plain.
@@ -206,14 +207,22 @@ class DetectionRunner(Runner):
         checkpoint_file.save_checkpoint(content, Path(out_dir, filename))
 
     def _pending_gradients(self) -> dict[str, torch.Tensor]:
-        """What waits for the optimizer in the middle of an accumulation, averaged over all processes."""
+        """What waits for the optimizer in the middle of an accumulation, averaged over all processes.
+
+        Without the factor of the losses in float16, which another training may not have.
+        """
         if self.optim_wrapper._accumulative_counts == 1:
             return {}
-        gradients = {name: parameter.grad.clone() for name, parameter in self.bare_model.named_parameters()
-                     if parameter.grad is not None}
+        gradients = {name: parameter.grad / self._loss_scale
+                     for name, parameter in self.bare_model.named_parameters() if parameter.grad is not None}
         for gradient in gradients.values():
             all_reduce(gradient, op='mean')
         return gradients
+
+    @property
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.optim_wrapper, 'loss_scaler', None)
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
                         **kwargs: Any) -> dict[str, Any]:
@@ -254,11 +263,14 @@ class DetectionRunner(Runner):
         self.optim_wrapper.load_state_dict(content['optimizer'])
         for group, values in zip(self.optim_wrapper.optimizer.param_groups, settings):
             group.update(values)
-        pending = {} if batches else content.get('gradients', {})
+        lay_out_state(self.optim_wrapper.optimizer)
+        amidst = iters % self.optim_wrapper._accumulative_counts > 0
+        pending = content.get('gradients', {}) if amidst and not batches else {}
         parameters = dict(self.bare_model.named_parameters())
         for name, gradient in pending.items():
-            parameters[name].grad = gradient.to(parameters[name])
-        if not pending and iters % self.optim_wrapper._accumulative_counts:
+            if parameters[name].requires_grad:  # a gradient would move what has been frozen since
+                parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient * self._loss_scale)
+        if amidst and not pending:
             self.logger.warning(f'{filename} does not hold the gradients that waited in the middle of an '
                                 'accumulation: the first step lacks them')
         saved = content.get('message_hub', {}).get('runtime_info', {})
@@ -277,7 +289,7 @@ class DetectionRunner(Runner):
         if meta[unit] >= end:
             return (f'is at {unit} {meta[unit]} of {end}, nothing is left to train: '
                     f'raise train_cfg.max_{unit}s')
-        if not _of_this_optimizer(content['optimizer'] or {}, self.optim_wrapper.optimizer.param_groups):
+        if not is_state_of(content['optimizer'] or {}, self.optim_wrapper.optimizer.param_groups):
             return f'has the state of another optimizer, or of other parameters: {instead}'
         schedules: list[Any] = self.param_schedulers or []
         if any(isinstance(schedule, ReduceOnPlateauParamScheduler) for schedule in schedules):
@@ -311,20 +323,3 @@ def compile_backbone_and_neck(model: nn.Module, **options: Any) -> None:
     """
     for part in ('backbone', 'neck'):
         model.get_submodule(part).compile(**options)
-
-
-def _of_this_optimizer(saved: dict[str, Any], groups: list[dict[str, Any]]) -> bool:
-    """Whether a saved state is of the optimizer that has ``groups``; PyTorch itself checks no shapes.
-
-    A release of PyTorch adds settings, another optimizer has others.
-    """
-    given = saved.get('param_groups') or []
-    same = len(given) == len(groups) and all(
-        len(a['params']) == len(b['params']) and not (a.keys() - b.keys() and b.keys() - a.keys())
-        for a, b in zip(given, groups))
-    parameters = [parameter for group in groups for parameter in group['params']]
-    return same and all(  # a number, or one an element; Adafactor has one a row and one a column
-        value.dim() == 0 or value.dim() == parameters[i].dim()
-        and all(size in (1, whole) for size, whole in zip(value.shape, parameters[i].shape))
-        for i, state in saved.get('state', {}).items()
-        for value in state.values() if isinstance(value, torch.Tensor))

@@ -193,7 +193,7 @@ RUNNER_KEYS: dict[str, Any] = {
     'find_unused_parameters': bool,
     'compile': bool | dict[str, Any],
     'activation_checkpointing': type(None),  # mmengine's loses gradients; model.backbone.with_cp does not
-    'efficient_conv_bn_eval': str | list[str] | None,
+    'efficient_conv_bn_eval': type(None),  # mmengine's cannot trace our layers, whose norms are one pass
     'legacy_2019': bool,
 }
 

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmdet.checkpoint import load_file, save_checkpoint
-from mmdet.engine.runner import _of_this_optimizer
+from mmdet.engine.runner import DetectionRunner
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # as its processes have it
@@ -56,6 +57,39 @@ def test_an_accumulation_goes_on_over_the_end_of_an_epoch(toy_runner, tmp_path: 
     save_checkpoint(older, tmp_path / 'older.pth')
     toy_runner('lost', load_from=str(tmp_path / 'older.pth'), resume=True, **options).train()
     assert lost in Path(glob(f'{tmp_path}/lost/*/*.log')[0]).read_text()
+    # Where two make a step, six are at its end, and what waited for four is left.
+    for name, path in (('with', start), ('without', tmp_path / 'older.pth')):
+        two = options | dict(optim_wrapper__accumulative_counts=2)
+        toy_runner(name, load_from=str(path), resume=True, **two).train()
+    assert_same(tmp_path / 'with' / 'epoch_4.pth', tmp_path / 'without' / 'epoch_4.pth')
+
+
+def test_waiting_gradients_are_saved_without_the_scale_of_the_losses(
+        toy_runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(train_cfg__max_epochs=2, optim_wrapper__accumulative_counts=4)
+    runner = toy_runner(**options)
+    runner.optim_wrapper = SimpleNamespace(loss_scaler=torch.amp.GradScaler('cpu', init_scale=8))
+    assert runner._loss_scale == 8
+    for scale in (1.0, 8.0):
+        monkeypatch.setattr(DetectionRunner, '_loss_scale', scale)
+        toy_runner(str(scale), **options).train()
+        start = tmp_path / str(scale) / 'epoch_1.pth'
+        toy_runner(f'rest{scale}', load_from=str(start), resume=True, **options).train()
+    plain, scaled = (load_file(tmp_path / name / 'epoch_1.pth')['gradients'] for name in ('1.0', '8.0'))
+    assert plain and all(torch.equal(gradient, scaled[name] * 8) for name, gradient in plain.items())
+    assert_same(tmp_path / '1.0' / 'epoch_2.pth', tmp_path / 'rest8.0' / 'epoch_2.pth')
+
+
+def test_waiting_gradients_do_not_move_what_is_frozen(toy_runner, tmp_path: Path) -> None:
+    options = dict(train_cfg__max_epochs=2, optim_wrapper__accumulative_counts=4)
+    toy_runner('two', **options).train()
+    start = tmp_path / 'two' / 'epoch_1.pth'
+    rest = toy_runner('rest', load_from=str(start), resume=True, **options)
+    rest.bare_model.conv.requires_grad_(False)
+    rest.train()
+    before, after = load_file(start)['state_dict'], rest.bare_model.state_dict()
+    assert torch.equal(after['conv.weight'], before['conv.weight'])
+    assert not torch.equal(after['fc.weight'], before['fc.weight'])
 
 
 def test_an_average_of_the_weights_is_what_is_saved_and_resumed(toy_runner, tmp_path: Path) -> None:
@@ -275,19 +309,6 @@ def test_a_checkpoint_of_another_program_cannot_be_resumed(toy_runner, tmp_path:
     save_checkpoint(content, tmp_path / 'foreign.pth')
     with pytest.raises(ValueError, match='is of another program, which orders .*: start from its weights'):
         toy_runner('c', load_from=str(tmp_path / 'foreign.pth'), resume=True).train()
-
-
-@pytest.mark.parametrize('kind', [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor])
-def test_the_own_state_of_an_optimizer_fits(kind: type[torch.optim.Optimizer]) -> None:
-    """Of Adafactor that is a number a row and one a column."""
-    layer = torch.nn.Linear(3, 2)
-    optimizer = kind(layer.parameters(), lr=0.1, **({'momentum': 0.9} if kind is torch.optim.SGD else {}))
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    assert _of_this_optimizer(state, optimizer.param_groups)
-    state['state'] = {0: state['state'][1], 1: state['state'][0]}
-    assert not _of_this_optimizer(state, optimizer.param_groups)
 
 
 def test_an_epoch_of_other_batches_leaves_the_schedule_by_iterations_in_its_place(

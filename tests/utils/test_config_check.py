@@ -298,6 +298,7 @@ def test_options_are_checked(option: str, expected: str) -> None:
     ('train_cfg.max_epochs', 0, 'train_cfg.max_epochs: expected a whole number from 1 on, got 0'),
     ('val_dataloader.batch_size', 0, 'val_dataloader.batch_size: expected a whole number from 1 on, got 0'),
     ('test_dataloader.num_workers', -1, 'num_workers: expected a whole number from 0 on, got -1'),
+    ('efficient_conv_bn_eval', 'backbone', "efficient_conv_bn_eval: expected None, got 'backbone'"),
     ('activation_checkpointing', 'backbone', "activation_checkpointing: expected None, got 'backbone'")])
 def test_numbers_have_a_least_value(key: str, value: object, expected: str) -> None:
     with pytest.raises(ConfigError) as error:

@@ -63,7 +63,7 @@ def blocked(x: Tensor, norms: Iterable[object] = ()) -> Tensor:
     chained = all(norm is None or isinstance(norm, nn.Identity) or is_fixed(norm) for norm in norms)
     fit = x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling()
-    if AVAILABLE and chained and fit and not plain:
+    if AVAILABLE and chained and fit and not plain and torch.backends.mkldnn.enabled:
         return x if x.is_mkldnn else x.to_mkldnn()
     return dense(x)
 

@@ -184,8 +184,8 @@ def freeze_norm_statistics(module: nn.Module) -> None:
 def fold_batch_norms(model: nn.Module) -> int:
     """Scale each convolution by the batch norm in eval mode that follows it, which then does nothing.
 
-    For testing: it saves passes over the maps, and rounds anew. What is no plain ``nn.Conv2d``, such as a
-    deformable convolution, keeps its norm.
+    For testing, of a model in eval mode: it saves passes over the maps, and rounds anew. What is no plain
+    ``nn.Conv2d``, such as a deformable convolution, keeps its norm.
 
     Returns:
         The number of batch norms that were folded.
@@ -193,7 +193,7 @@ def fold_batch_norms(model: nn.Module) -> int:
     folded = 0
     for parent in model.modules():
         for (conv_name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            if type(conv) is nn.Conv2d and is_fixed(norm):
+            if type(conv) is nn.Conv2d and not conv.training and is_fixed(norm):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, nn.Identity())
                 folded += 1

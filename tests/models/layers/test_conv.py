@@ -114,20 +114,29 @@ def test_backbone(
 
 
 @needs_blocks
-@pytest.mark.parametrize('gcb, stages, chains', [
-    (GCB, (False, True, False, False), 1),
-    (GCB | dict(fusion_types=('channel_mul',), pooling_type='avg'), (False, True, False, False), 1),
-    (GCB | dict(position='after_add'), (False, True, False, False), 1 + 3 + 1),
-    (dict(type='SE'), (False, True, False, False), 1 + 3 + 1),
+@pytest.mark.parametrize('options, chains', [
+    (dict(gcb=GCB), 1),
+    (dict(gcb=GCB | dict(fusion_types=('channel_mul',), pooling_type='avg')), 1),
+    (dict(gcb=GCB | dict(position='after_add')), 1 + 3 + 1),
+    (dict(gcb=dict(type='SE')), 1 + 3 + 1),
     # Where a dense map comes in, what conv1 makes of it and the identity are brought.
-    (GCB, (True, False, False, False), 2),
-    (GCB, (True,) * 4, 2)])
+    (dict(gcb=GCB, stage_with_gcb=(True, False, False, False)), 2),
+    (dict(gcb=GCB, stage_with_gcb=(True,) * 4), 2),
+    (dict(gcb=GCB, stage_with_gcb=(False, False, True, False),
+          dcn=dict(type='DCN'), stage_with_dcn=(False, True, False, False)), 1 + 2)])
 def test_one_image_stays_in_blocks_behind_a_context_block(
-    gcb: dict[str, Any], stages: tuple[bool, ...], chains: int,
-    trained: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], chains: int, trained: Callable[[nn.Module], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net = trained(ResNet(50, gcb=gcb, stage_with_gcb=stages, zero_init_residual=False))
+    options = dict(stage_with_gcb=(False, True, False, False)) | options
+    net = trained(ResNet(50, **options, zero_init_residual=False))
     assert count_blocked(net.eval(), torch.rand(1, 3, 64, 96), monkeypatch) == chains
+
+
+@needs_blocks
+def test_without_onednn_maps_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert count_blocked(ResNet(18).eval(), torch.rand(1, 3, 64, 96), monkeypatch) == 0
 
 
 @needs_blocks

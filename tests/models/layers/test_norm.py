@@ -276,3 +276,4 @@ def test_folded_into_convolutions(norm: dict, trained: Callable[[nn.Module], nn.
 
 def test_norms_in_training_are_not_folded() -> None:
     assert fold_batch_norms(ResNet(18, norm_eval=False).train()) == 0
+    assert fold_batch_norms(ResNet(18).train()) == 0
