@@ -66,7 +66,10 @@ class RPNHead(nn.Module):
     def loss(
         self, features: list[Tensor], samples: list[DataSample], proposal_cfg: ProposalConfig
     ) -> tuple[list[Proposals], dict[str, Tensor]]:
-        """Proposals to train the RoI head on, without gradient, and ``loss_rpn_cls``, ``loss_rpn_bbox``."""
+        """Proposals to train the RoI head on, without gradient, and ``loss_rpn_cls``, ``loss_rpn_bbox``.
+
+        ``features`` are levels (N, C, H_i, W_i), as in :meth:`forward`.
+        """
         with torch.no_grad():
             proposals = self.predict(features, samples, proposal_cfg)
         # Targets are float32 in a model of any dtype: which boxes tie must not depend on it.
@@ -113,7 +116,7 @@ class RPNHead(nn.Module):
     def predict(
         self, features: list[Tensor], samples: list[DataSample], proposal_cfg: ProposalConfig
     ) -> list[Proposals]:
-        """Proposals of each image."""
+        """Proposals of each image from levels (N, C, H_i, W_i)."""
         cls_maps, reg_maps = self(features)
         return self._propose(features, _flatten(cls_maps, 1), _flatten(reg_maps, 4), samples, proposal_cfg)
 

@@ -35,7 +35,7 @@ class NonLocal(nn.Module):
 
 
 class SimplifiedNonLocal(nn.Module):
-    """Non-local block with one attention map for all positions (arXiv 1904.11492, section 3.2, equation 4).
+    """Non-local block with one attention map for all positions (arXiv 1904.11492, equation 4).
 
     The last convolution starts at zero, so that a new block changes nothing at first.
     """

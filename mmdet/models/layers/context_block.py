@@ -1,4 +1,4 @@
-"""The global context block (GCNet, arXiv 1904.11492, section 3.3)."""
+"""The global context block (GCNet, arXiv 1904.11492, equation 5)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict

@@ -68,7 +68,7 @@ class ConvFCBBoxHead(nn.Module):
         self.fc_reg = _linear(features, 4 if reg_class_agnostic else 4 * num_classes, std=0.001)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features to logits (K, num_classes + 1) and deltas (K, 4 * num_classes) or (K, 4)."""
+        """RoI features (K, C, S, S) to logits (K, num_classes + 1), deltas (K, 4 * num_classes) or (K, 4)."""
         if self.shared_convs:
             x = blocked(x, [conv.bn for conv in self.shared_convs])
         for conv in self.shared_convs:
@@ -123,7 +123,7 @@ class ConvFCBBoxHead(nn.Module):
         return self.bbox_coder.decode(rois[:, 1:], deltas[rows, columns], shapes)
 
     def _of_class(self, deltas: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Deltas (K, C, 4) and the column C of each label (n,): 0 where one box serves all classes."""
+        """Deltas (K, num_classes or 1, 4) and each label's column (n,): 0 where one box serves all."""
         columns = torch.zeros_like(labels) if self.reg_class_agnostic else labels
         return deltas.unflatten(1, (-1, 4)), columns
 

@@ -81,7 +81,7 @@ class CascadeRoIHead(nn.Module):
     def predict(
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> list[dict[str, Any]]:
-        """Detections of each image: the last stage's boxes, with the mean of all stages' logits."""
+        """Those of :class:`StandardRoIHead`: the last stage's boxes, with the mean of all stages' logits."""
         rois = boxes_to_rois([p.boxes for p in proposals])
         all_logits = []
         for i, stage in enumerate(self.bbox_head):

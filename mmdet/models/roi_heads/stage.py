@@ -69,7 +69,7 @@ def mask_loss(
     features: list[Tensor], sampled: list[SampledRoIs], samples: list[DataSample],
     extractor: Any, mask_head: Any, mask_size: int,
 ) -> dict[str, Tensor]:
-    """The mask head's losses on the positive RoIs of all images."""
+    """The mask head's losses on the positive RoIs of all images; ``features`` are levels (N, C, H_i, W_i)."""
     boxes = [s.boxes[:len(s.matched)] for s in sampled]
     labels = torch.cat([s.labels[:len(s.matched)] for s in sampled])
     targets = torch.cat([
@@ -81,7 +81,7 @@ def results_of(
     features: list[Tensor], detections: list[Detections], samples: list[DataSample],
     extractor: Any, mask_heads: list[Any], test_cfg: RCNNTestConfig,
 ) -> list[dict[str, Any]]:
-    """``boxes``, ``scores`` and ``labels`` of each image, in pixels of the original image.
+    """``boxes`` (n, 4), ``scores`` and ``labels`` (n,) of each image, in pixels of the original image.
 
     With mask heads also ``masks`` (n COCO RLEs, or their future), from the mean of the heads' probabilities.
     """

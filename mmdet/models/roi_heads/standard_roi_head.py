@@ -43,7 +43,10 @@ class StandardRoIHead(nn.Module):
     def loss(
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> dict[str, Tensor]:
-        """``loss_cls``, ``loss_bbox``, ``acc`` and, with a mask head, ``loss_mask``."""
+        """``loss_cls``, ``loss_bbox``, ``acc`` and, with a mask head, ``loss_mask``.
+
+        ``features`` are levels (N, C, H_i, W_i).
+        """
         sampled = sample_rois(
             [p.boxes for p in proposals], samples, self.assigner, self.sampler, self.bbox_head.num_classes)
         logits, deltas = self.bbox_head(
@@ -57,7 +60,10 @@ class StandardRoIHead(nn.Module):
     def predict(
         self, features: list[Tensor], proposals: list[Proposals], samples: list[DataSample]
     ) -> list[dict[str, Any]]:
-        """Detections of each image in pixels of the original: boxes, scores, labels and masks (COCO RLE)."""
+        """Detections of each image in pixels of the original, from levels (N, C, H_i, W_i).
+
+        They are ``boxes`` (n, 4), ``scores`` and ``labels`` (n,), and n ``masks`` (COCO RLE).
+        """
         rois = boxes_to_rois([p.boxes for p in proposals])
         logits, deltas = self.bbox_head(self.bbox_roi_extractor(features, rois))
         detections = self.bbox_head.predict(logits.softmax(dim=1), deltas, rois, samples, self.test_cfg)
