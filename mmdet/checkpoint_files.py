@@ -11,9 +11,9 @@ import sys
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+
+from mmdet.utils.files import replace_file
 
 
 class _Discarded:
@@ -231,7 +233,10 @@ def _openmmlab_url(source: str, name: str) -> str:
 
 
 def _fetch(url: str, trust_cache: bool = True) -> Path:
-    path = Path(torch.hub.get_dir(), 'checkpoints', unquote(urlsplit(url).path).rsplit('/', 1)[1])
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    if not name:
+        raise ValueError(f'{url} names no file')
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
     found = re.search(r'-([0-9a-f]{8,64})\.\w+$', path.name)
     digest = found[1] if found else None
     if path.is_file() and (trust_cache or digest and _sha256(path).startswith(digest)):
@@ -263,7 +268,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         MissingPackage: safetensors is not installed.
     """
     path = Path(path)
-    content = _plain(checkpoint, '')
+    content = plain(checkpoint, '')
 
     def write(file: Any) -> None:
         try:
@@ -275,38 +280,32 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         weights = {name: value.contiguous() for name, value in content['state_dict'].items()}
         header = dict(format='pt', meta=json.dumps(content.get('meta', {}), default=repr))
         data = _safetensors().torch.save(weights, header)
-        _replace(path, lambda file: file.write(data))
+        replace_file(path, lambda file: file.write(data))
     else:
-        _replace(path, write)
+        replace_file(path, write)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    _replace(Path(path), lambda file: file.write(text.encode()))
+    replace_file(Path(path), lambda file: file.write(text.encode()))
 
 
-def _replace(path: Path, write: Callable[[Any], object]) -> None:
-    temporary = path.with_name(path.name + '.tmp')  # same folder: a rename within a file system is atomic
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def plain(value: Any, key: str) -> Any:
+    """``value`` with tensors on the CPU, NumPy's types as Python's, containers as plain types.
 
-
-def _plain(value: Any, key: str) -> Any:
-    """``value`` with tensors on the CPU, NumPy scalars as Python numbers, containers as plain types."""
+    Raises:
+        TypeError: it holds, under ``key``, something else.
+    """
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist(), key)
     if isinstance(value, dict):
-        return {_plain(k, key): _plain(v, f'{key}.{k}') for k, v in value.items()}
+        return {plain(k, key): plain(v, f'{key}.{k}') for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(v, f'{key}[{i}]') for i, v in enumerate(value))
+        return type(value)(plain(v, f'{key}[{i}]') for i, v in enumerate(value))
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     raise TypeError(f'a checkpoint holds plain types and tensors only, but {key.lstrip(".")} is a '

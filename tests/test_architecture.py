@@ -23,7 +23,7 @@ PARTS = {
     'registry': set(),
     'structures': {'ops'},
     'checkpoint': BASE | {'checkpoint_files'},
-    'checkpoint_files': BASE,
+    'checkpoint_files': BASE | {'utils'},
     'legacy_2019': BASE | {'datasets', 'models'},
     'models': BASE | {'checkpoint'},
     'datasets': BASE | {'utils'},

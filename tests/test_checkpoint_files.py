@@ -192,6 +192,11 @@ def test_the_hash_in_a_name_is_checked(server: types.SimpleNamespace) -> None:
     assert not list(server.cache.iterdir())
 
 
+def test_a_url_without_a_name_is_an_error() -> None:
+    with pytest.raises(ValueError, match='https://example.com names no file'):
+        ckpt.load_file('https://example.com')
+
+
 def test_a_url_without_a_hash_is_fetched_anew(server: types.SimpleNamespace) -> None:
     for value in (1, 2):
         name = serve(server, 'epoch_12.pth', value)

@@ -2,15 +2,17 @@
 
     python tools/convert_checkpoint.py mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x_20190602-18ae2dfd.pth gc.safetensors
 
-Weights and meta are kept, the state of the optimizer is not. The meta of what was a file of 2019 says that it
-wants the numerics of 2019 (``legacy_2019``).
+Weights and meta are kept, as far as they are tensors and plain types, the state of the optimizer is not. The
+meta of what was a file of 2019 says that it wants the numerics of 2019 (``legacy_2019``).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdet.checkpoint import load_file, save_checkpoint
+from mmdet.checkpoint_files import plain
 from mmdet.engine.launch import parse_args, run_tool
 
 
@@ -33,10 +35,24 @@ def main(argv: Sequence[str]) -> None:
     content = load_file(args.source, trust=args.trust_checkpoint)
     if not content['state_dict']:
         raise ValueError(f'{args.source} holds no weights')
+    meta, left_out = plain_part(content['meta'])
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(dict(meta=content['meta'], state_dict=content['state_dict']), target)
-    legacy = ', which want the numerics of 2019' if content['meta'].get('legacy_2019') else ''
+    save_checkpoint(dict(meta=meta, state_dict=content['state_dict']), target)
+    legacy = ', which want the numerics of 2019' if meta.get('legacy_2019') else ''
     print(f'{target}: {len(content["state_dict"])} tensors{legacy}')
+    if left_out:
+        print(f'left out of meta, being no plain types: {", ".join(left_out)}')
+
+
+def plain_part(meta: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The items of ``meta`` that a checkpoint may hold, and the keys of the others."""
+    kept, left_out = {}, []
+    for key, value in meta.items():
+        try:
+            kept[key] = plain(value, key)
+        except TypeError:
+            left_out.append(key)
+    return kept, left_out
 
 
 if __name__ == '__main__':

@@ -160,6 +160,10 @@ class CocoDataset(BaseDataset):
             self.data_list = self.load_data_list()
             self.data_list = self.filter_data()
             if self._indices is not None:
+                positions = self._indices if isinstance(self._indices, Sequence) else []
+                if max(positions, default=-1) >= len(self.data_list):
+                    raise ValueError(f'{self.ann_file}: indices has {max(positions)}, but there are '
+                                     f'{len(self.data_list)} images')
                 self.data_list = self._get_unserialized_subset(self._indices)
             if not self.data_list:
                 raise ValueError(f'{self.ann_file}: indices={self._indices} leaves no image')
@@ -247,6 +251,10 @@ class CocoDataset(BaseDataset):
         dropped = f'{empty} without annotations of its classes (filter_empty_gt), {small} below min_size'
         if not kept:
             raise ValueError(f'{self.ann_file}: none of {len(self.data_list)} images is left: {dropped}')
+        needs_objects = not self.test_mode and (self.filter_cfg or {}).get('filter_empty_gt')
+        if needs_objects and all(instance['ignore_flag'] for d in kept for instance in d['instances']):
+            raise ValueError(f'{self.ann_file}: no object to train on is left in {len(kept)} images: their '
+                             'annotations are crowds, without area, smaller than a pixel or outside')
         if empty or small:
             print_log(f'{self.ann_file}: {len(kept)} images used; left out: {dropped}', 'current')
         return kept

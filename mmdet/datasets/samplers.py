@@ -23,13 +23,13 @@ class AspectRatioBatchSampler(Sampler[list[int]]):
         batch_size: images per batch and process.
 
     Raises:
-        TypeError: ``sampler`` is not mmengine's DefaultSampler.
-        ValueError: ``batch_size`` is not a positive integer.
+        ValueError: ``sampler`` is not mmengine's DefaultSampler, or ``batch_size`` no positive integer.
     """
 
     def __init__(self, sampler: DefaultSampler, batch_size: int) -> None:
         if not isinstance(sampler, DefaultSampler):
-            raise TypeError(f'AspectRatioBatchSampler needs a DefaultSampler, not {sampler}')
+            raise ValueError('AspectRatioBatchSampler needs sampler.type=DefaultSampler, not '
+                             f'{type(sampler).__name__}')
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f'batch_size must be a positive integer, not {batch_size!r}')
         self.sampler = sampler

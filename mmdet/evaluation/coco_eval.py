@@ -54,7 +54,8 @@ def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: li
 
     Annotations are numbered anew from 1: COCOeval never matches id 0, and of several annotations
     with one id it sees only the last. ``iscrowd`` and ``area``, which it takes for granted, are
-    filled in where absent (not a crowd; the box's area).
+    filled in where absent (not a crowd; the box's area). Of images and categories only what it needs
+    stays: hotcoco takes no other types than the format has for the rest, as in ``date_captured``.
     """
     images = {image['id']: image for image in content['images']}
     if unknown := [i for i in img_ids if i not in images]:
@@ -84,9 +85,14 @@ def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: li
                 area=box[2] * box[3] if area is None else area,
                 iscrowd=int(annotation.get('iscrowd') or 0),
                 segmentation=annotation.get('segmentation')))
+
+    def needed(records: list[dict[str, Any]], wanted: set[int], *keys: str) -> list[dict[str, Any]]:
+        return [{key: record[key] for key in ('id', *keys) if record.get(key) is not None}
+                for record in records if record['id'] in wanted]
+
     return dict(
-        images=[image for image in content['images'] if image['id'] in wanted_images],
-        categories=[category for category in content['categories'] if category['id'] in wanted_categories],
+        images=needed(content['images'], wanted_images, 'height', 'width'),
+        categories=needed(content['categories'], wanted_categories, 'name'),
         annotations=annotations)
 
 

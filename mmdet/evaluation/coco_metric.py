@@ -5,7 +5,7 @@ import logging
 import os
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mmdet.registry import METRICS
 from mmdet.structures.masks import finished
 from mmdet.utils.coco_file import read_annotation_file
 from mmdet.utils.env import paused_gc
+from mmdet.utils.files import replace_file
 
 from .coco_eval import (
     BACKENDS,
@@ -153,17 +154,31 @@ class CocoMetric(BaseMetric):
 
         Raises:
             ValueError: the results do not fit the annotation file.
+            OSError: a file could not be written; the numbers have been logged all the same.
         """
+        failure = None
+        for path, content in self._files(results):
+            try:
+                _write(path, content)
+            except OSError as error:
+                failure = error  # an evaluation needs no disk
+                print_log(f'{path} was not written: {error}', logger='current', level=logging.ERROR)
+        numbers = self._evaluate(results) if self.metrics else {}
+        if failure is not None:
+            raise failure
+        return numbers
+
+    def _files(self, results: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+        """Path and content of each file to write."""
         if self.out is not None:
-            _write(self.out, pickle.dumps(results))
-        ann_file, cat_ids = self._data_set()
+            yield self.out, pickle.dumps(results)
         if self.outfile_prefix is not None:
             for iou_type in iou_types(results):
-                lines = to_records(results, cat_ids, iou_type)
-                _write(f'{self.outfile_prefix}.{iou_type}.json', json.dumps(lines).encode())
-        if not self.metrics:
-            return {}
+                lines = to_records(results, self._data_set()[1], iou_type)
+                yield f'{self.outfile_prefix}.{iou_type}.json', json.dumps(lines).encode()
 
+    def _evaluate(self, results: list[dict[str, Any]]) -> dict[str, float]:
+        ann_file, cat_ids = self._data_set()
         img_ids = [prediction['img_id'] for prediction in results]
         if repeated := [i for i, count in Counter(img_ids).items() if count > 1]:
             raise ValueError(f'image id {repeated[0]} has {Counter(img_ids)[repeated[0]]} results, not one')
@@ -194,11 +209,15 @@ def check_annotations(loop: Any) -> None:
     """Find out before a validation or test loop whether it can be evaluated.
 
     Raises:
-        ValueError: as ``CocoMetric.check_annotations``.
+        ValueError: as ``CocoMetric.check_annotations``, or the model has no masks to evaluate.
     """
-    dataset = loop.dataloader.dataset
+    dataset, model = loop.dataloader.dataset, loop.runner.model
+    roi_head = getattr(getattr(model, 'module', model), 'roi_head', None)
     for metric in loop.evaluator.metrics:
         if isinstance(metric, CocoMetric):
+            if 'segm' in metric.metrics and getattr(roi_head, 'mask_head', True) is None:
+                raise ValueError("metric 'segm' needs masks, but model.roi_head.mask_head=None: "
+                                 "evaluate 'bbox' alone")
             metric.check_annotations([dataset.get_data_info(i)['img_id'] for i in range(len(dataset))])
 
 
@@ -296,8 +315,5 @@ def diagnose(ground_truth: dict[str, Any], records: list[dict[str, Any]], iou_ty
 
 
 def _write(path: str, content: bytes) -> None:
-    """Write to a temporary file and rename, so that half a result is never taken for a whole one."""
-    temporary = Path(f'{path}.tmp')
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    replace_file(Path(path), lambda file: file.write(content))
     print_log(f'Wrote {path}', logger='current')

@@ -75,7 +75,8 @@ class CfgOptions(DictAction):
         with suppress(SyntaxError, ValueError):  # of words without quotes
             if val[:1] in ('(', '[') and isinstance(literal := ast.literal_eval(val), list | tuple):
                 return literal
-        if set(val) & set(',()[]'):
+        bare = val.strip('\'" ')
+        if ',' in val or bare[:1] + bare[-1:] in ('()', '[]'):
             return DictAction._parse_iterable(val)
         return DictAction._parse_int_float_bool(val.strip('\'"'))
 

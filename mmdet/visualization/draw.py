@@ -121,14 +121,19 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write a BGR image; folders are made as needed, the suffix chooses the format.
 
     Raises:
-        ValueError: the format is not known to OpenCV.
+        ValueError: the format is not known to OpenCV, or holds no such picture (PGM, or a WebP of 20,000
+            pixels).
         OSError: the file cannot be written.
     """
     path = Path(path)
     if not cv2.haveImageWriter(str(path)):
         raise ValueError(f'{path}: not an image format that can be written; take .jpg or .png')
+    encoded, data = cv2.imencode(path.suffix, image)
+    if not encoded:
+        raise ValueError(f'{path}: a colour picture of {image.shape[1]} x {image.shape[0]} pixels cannot be '
+                         'written in this format; take .jpg or .png')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
+    path.write_bytes(data.tobytes())
 
 
 def _array(values: Any) -> np.ndarray:

@@ -114,6 +114,20 @@ def test_filter(make_coco):
     assert kept(filter_cfg=both, serialize_data=False) == [0, 1]
 
 
+@pytest.mark.parametrize('changes', [
+    dict(bbox=[0.1, 0.1, 0.5, 0.5], area=0.25), dict(area=0), dict(iscrowd=1)])
+def test_annotations_without_an_object_are_nothing_to_train_on(make_coco, changes):
+    args = make_coco([changes, dict(image_id=1) | changes])
+    with pytest.raises(ValueError, match='ann.json: no object to train on is left in 2 images'):
+        CocoDataset(**args, filter_cfg=dict(filter_empty_gt=True))
+    assert len(CocoDataset(**args)) == len(CocoDataset(**args, test_mode=True)) == 3
+
+
+def test_positions_outside_the_data_set_are_an_error(make_coco):
+    with pytest.raises(ValueError, match='ann.json: indices has 99, but there are 3 images'):
+        CocoDataset(**make_coco([{}]), indices=[0, 99])
+
+
 def test_random_draws_follow_seed_epoch_and_index(make_coco):
     dataset = CocoDataset(**make_coco([dict(image_id=i) for i in range(3)]),
                           pipeline=[lambda results: results['rng'].random()])

@@ -81,7 +81,7 @@ def test_every_batch_comes_first_about_as_often():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match='needs a DefaultSampler'):
+    with pytest.raises(ValueError, match='needs sampler.type=DefaultSampler, not '):
         AspectRatioBatchSampler(torch.utils.data.SequentialSampler(Shapes([WIDE])), 2)
     with pytest.raises(ValueError, match='batch_size must be a positive integer, not 0'):
         AspectRatioBatchSampler(DefaultSampler(Shapes([WIDE]), seed=0), 0)

@@ -124,6 +124,14 @@ def test_backends_agree_on_random_squares(seed, iou_type):
 
 
 @pytest.mark.parametrize('backend', ['hotcoco', 'pycocotools'])
+def test_what_other_tools_write_into_a_file_does_not_matter(small, backend):
+    small['images'][0].update(date_captured=0, license=None, coco_url=None, flickr_url=7)
+    small['categories'][0].update(supercategory=None, keypoints=1)
+    truth = select_ground_truth(small, [1, 2], [3, 5])
+    assert run_coco_eval(truth, perfect(small), 'bbox', backend).stats[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize('backend', ['hotcoco', 'pycocotools'])
 def test_annotation_id_zero_counts(small, backend, tmp_path):
     """pycocotools takes "matched to id 0" for "not matched"; the number must be that of other ids."""
     records = perfect(small)

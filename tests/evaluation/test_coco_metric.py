@@ -1,7 +1,6 @@
 """CocoMetric: the files it writes, the numbers it returns, what it says about bad results."""
 
 import contextlib
-import gc
 import io
 import json
 import logging
@@ -9,8 +8,10 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from concurrent.futures import Future
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet.evaluation import CocoMetric
-from mmdet.evaluation.coco_metric import interleave, paused_gc, to_records
+from mmdet.evaluation import CocoMetric, coco_metric
+from mmdet.evaluation.coco_metric import check_annotations, interleave, to_records
 from mmdet.registry import METRICS
 
 CLASSES = ('dog', 'cat')
@@ -248,6 +249,10 @@ def test_malformed_predictions_are_errors(ann_file, change, message):
 def test_segm_without_masks_is_an_error(ann_file):
     with pytest.raises(ValueError, match="metric 'segm' needs masks"):
         build(ann_file).process(None, [prediction(0, with_masks=False)])
+    runner = Mock(model=types.SimpleNamespace(roi_head=types.SimpleNamespace(mask_head=None)))
+    loop = Mock(runner=runner, evaluator=Mock(metrics=[build(ann_file)]))
+    with pytest.raises(ValueError, match="metric 'segm' needs masks, but model.roi_head.mask_head=None"):
+        check_annotations(loop)
 
 
 @pytest.mark.parametrize('change, message', [
@@ -282,6 +287,14 @@ def test_an_error_of_evaluation_leaves_the_results_on_disk(tmp_path):
         evaluate(metric, [prediction(0)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ['r.bbox.json', 'r.pkl', 'r.segm.json']
     assert len(pickle.loads((tmp_path / 'r.pkl').read_bytes())) == 1
+
+
+def test_a_full_disk_leaves_the_numbers(ann_file, tmp_path, monkeypatch, log):
+    monkeypatch.setattr(coco_metric, 'replace_file', Mock(side_effect=OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='No space left'):
+        evaluate(build(ann_file, out=str(tmp_path / 'r.pkl')), [prediction(i) for i in range(5)])
+    said = ('r.pkl was not written: [Errno 28]', 'Evaluation of bbox', 'Evaluation of segm')
+    assert all(text in log.getvalue() for text in said)
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -335,16 +348,3 @@ def test_labels_become_the_category_ids_of_the_data_set():
     assert to_records([item], [7, 9], 'segm') == [
         dict(image_id=3, category_id=9, segmentation=dict(size=[9, 9], counts='Q1'), score=0.5),
         dict(image_id=3, category_id=7, segmentation=dict(size=[9, 9], counts='1`2'), score=0.25)]
-
-
-@pytest.mark.parametrize('enabled', [True, False])
-def test_garbage_collection_is_as_before(enabled):
-    if not enabled:
-        gc.disable()
-    try:
-        with pytest.raises(KeyError), paused_gc():
-            assert not gc.isenabled()
-            raise KeyError
-        assert gc.isenabled() == enabled
-    finally:
-        gc.enable()

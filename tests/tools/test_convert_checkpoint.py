@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,8 +63,10 @@ def test_errors_are_one_line(
 
 
 def test_a_trusted_file_is_converted(run_toy: Callable, tmp_path: Path) -> None:
-    content = dict(state_dict={'roi_head.x': torch.ones(1)}, meta=dict(epoch=3), other=range(3))
+    meta = dict(epoch=3, mean=np.zeros(2), path=tmp_path)
+    content = dict(state_dict={'roi_head.x': torch.ones(1)}, meta=meta, other=range(3))
     torch.save(content, tmp_path / 'e.pth')
     done = run_toy(TOOL, 'e.pth', 'new.pth', '--trust-checkpoint')
     assert done.returncode == 0, done.stderr
-    assert load_file(tmp_path / 'new.pth')['meta'] == dict(epoch=3)
+    assert done.stdout.endswith('left out of meta, being no plain types: path\n')
+    assert load_file(tmp_path / 'new.pth')['meta'] == dict(epoch=3, mean=[0, 0])

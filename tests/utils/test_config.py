@@ -70,8 +70,10 @@ def test_dicts_in_options(text: str) -> None:
 def test_strings_in_lists_keep_their_spaces() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
-    options = parser.parse_args(['--cfg-options', "a=('hair drier','x, y')", 'b=[c,2]', 'd=(1)', 'e=1,2'])
-    assert options.cfg_options == dict(a=('hair drier', 'x, y'), b=['c', 2], d=(1,), e=[1, 2])
+    options = parser.parse_args(
+        ['--cfg-options', "a=('hair drier','x, y')", 'b=[c,2]', 'd=(1)', 'e=1,2', 'f=/d/run 2 (old)/a[1]'])
+    assert options.cfg_options == dict(
+        a=('hair drier', 'x, y'), b=['c', 2], d=(1,), e=[1, 2], f='/d/run 2 (old)/a[1]')
 
 
 @pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', '[dict(a)]', '[dict(**{})]', '{1', 'dict(a=f())'])

@@ -1,4 +1,5 @@
 import ctypes
+import gc
 import subprocess
 import sys
 
@@ -75,3 +76,16 @@ def test_weights_lie_as_the_images_do(device: torch.device) -> None:
     weight, _, matrix, _ = model.parameters()
     assert weight.device.type == matrix.device.type == device.type
     assert weight.is_contiguous(memory_format=torch.channels_last) == (device.type == 'cuda')
+
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_garbage_collection_is_as_before(enabled: bool) -> None:
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(KeyError), env.paused_gc():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

@@ -123,3 +123,6 @@ def test_write_image_makes_folders_and_refuses_unknown_formats(tmp_path, image):
     assert (cv2.imread(str(tmp_path / 'a/b/c.png')) == image).all()
     with pytest.raises(ValueError, match='c.xyz: not an image format'):
         write_image(tmp_path / 'c.xyz', image)
+    with pytest.raises(ValueError, match='c.pgm: a colour picture of 600 x 400 pixels cannot be written'):
+        write_image(tmp_path / 'd/c.pgm', image)
+    assert not (tmp_path / 'd').exists()

@@ -48,7 +48,7 @@ class DrawHook(Hook):
         source = Path(os.path.normpath(source))
         folder = os.path.normpath(getattr(dataset, 'data_prefix', {}).get('img') or '.')
         target = self.out_dir / (source.relative_to(folder) if source.is_relative_to(folder) else source.name)
-        if not cv2.haveImageWriter(str(target)):
+        if target.suffix.lower() in ('.pgm', '.pbm') or not cv2.haveImageWriter(str(target)):  # no colours
             target = target.with_name(f'{target.name}.jpg')
         if target.resolve() == source.resolve():
             raise ValueError(f'--show_dir {self.out_dir}: its picture would replace the image {target}: '

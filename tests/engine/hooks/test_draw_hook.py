@@ -25,10 +25,10 @@ def make_image(path: Path) -> Path:
 
 
 def test_pictures_have_the_names_of_their_images(tmp_path: Path) -> None:
-    images = [make_image(tmp_path / 'data' / name) for name in ('a.png', 'sub/a.png', 'b.jfif', 'c')]
+    images = [make_image(tmp_path / 'data' / name) for name in ('a.png', 'sub/a.png', 'b.jfif', 'c', 'd.pgm')]
     draw(tmp_path / 'out', tmp_path / 'data', *images)
     found = sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.*'))
-    assert found == ['a.png', 'b.jfif.jpg', 'c.jpg', 'sub/a.png']
+    assert found == ['a.png', 'b.jfif.jpg', 'c.jpg', 'd.pgm.jpg', 'sub/a.png']
     assert cv2.imread(str(tmp_path / 'out' / 'a.png')).any()
 
 
