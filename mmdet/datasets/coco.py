@@ -254,7 +254,8 @@ class CocoDataset(BaseDataset):
         needs_objects = not self.test_mode and (self.filter_cfg or {}).get('filter_empty_gt')
         if needs_objects and all(instance['ignore_flag'] for d in kept for instance in d['instances']):
             raise ValueError(f'{self.ann_file}: no object to train on is left in {len(kept)} images: their '
-                             'annotations are crowds, without area, smaller than a pixel or outside')
+                             'annotations are crowds or ignored, or have no area, a side below 1 pixel, or '
+                             'no pixel in the image')
         if empty or small:
             print_log(f'{self.ann_file}: {len(kept)} images used; left out: {dropped}', 'current')
         return kept
