@@ -240,18 +240,15 @@ class CocoDataset(BaseDataset):
 
         As in mmdetection 3.3, an image all of whose annotations are crowds or unusable stays.
         """
-        if self.test_mode or not self.filter_cfg:
-            kept, empty, small = self.data_list, 0, 0
-        else:
-            min_size = self.filter_cfg.get('min_size', 0)
-            kept = [d for d in self.data_list if d['annotated'] or not self.filter_cfg.get('filter_empty_gt')]
-            empty = len(self.data_list) - len(kept)
-            kept = [d for d in kept if min(d['width'], d['height']) >= min_size]
-            small = len(self.data_list) - empty - len(kept)
+        cfg = {} if self.test_mode else self.filter_cfg or {}
+        needs_objects, min_size = cfg.get('filter_empty_gt'), cfg.get('min_size', 0)
+        kept = [d for d in self.data_list if d['annotated'] or not needs_objects]
+        empty = len(self.data_list) - len(kept)
+        kept = [d for d in kept if min(d['width'], d['height']) >= min_size]
+        small = len(self.data_list) - empty - len(kept)
         dropped = f'{empty} without annotations of its classes (filter_empty_gt), {small} below min_size'
         if not kept:
             raise ValueError(f'{self.ann_file}: none of {len(self.data_list)} images is left: {dropped}')
-        needs_objects = not self.test_mode and (self.filter_cfg or {}).get('filter_empty_gt')
         if needs_objects and all(instance['ignore_flag'] for d in kept for instance in d['instances']):
             raise ValueError(f'{self.ann_file}: no object to train on is left in {len(kept)} images: their '
                              'annotations are crowds or ignored, or have no area, a side below 1 pixel, or '

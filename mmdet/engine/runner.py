@@ -213,7 +213,8 @@ class DetectionRunner(Runner):
         """
         if self.optim_wrapper._accumulative_counts == 1:
             return {}
-        gradients = {name: parameter.grad / self._loss_scale
+        scale = self._loss_scale
+        gradients = {name: parameter.grad / scale
                      for name, parameter in self.bare_model.named_parameters() if parameter.grad is not None}
         for gradient in gradients.values():
             all_reduce(gradient, op='mean')
@@ -221,6 +222,7 @@ class DetectionRunner(Runner):
 
     @property
     def _loss_scale(self) -> float:
+        """The factor of the losses in float16, for which a GPU is waited for; 1 without one."""
         scaler = getattr(self.optim_wrapper, 'loss_scaler', None)
         return 1.0 if scaler is None else scaler.get_scale()
 
@@ -266,10 +268,10 @@ class DetectionRunner(Runner):
         lay_out_state(self.optim_wrapper.optimizer)
         amidst = iters % self.optim_wrapper._accumulative_counts > 0
         pending = content.get('gradients', {}) if amidst and not batches else {}
-        parameters = dict(self.bare_model.named_parameters())
+        parameters, scale = dict(self.bare_model.named_parameters()), self._loss_scale
         for name, gradient in pending.items():
             if parameters[name].requires_grad:  # a gradient would move what has been frozen since
-                parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient * self._loss_scale)
+                parameters[name].grad = torch.empty_like(parameters[name]).copy_(gradient * scale)
         if amidst and not pending:
             self.logger.warning(f'{filename} does not hold the gradients that waited in the middle of an '
                                 'accumulation: the first step lacks them')
