@@ -17,10 +17,10 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmdet.checkpoint_files import find_checkpoint, local_file, read_file, save_checkpoint, write_text
+from mmdet.checkpoint_files import find_checkpoint, local_file, read_file, save_checkpoint
 
 __all__ = ['check_classes', 'convert_2019', 'find_checkpoint', 'is_ours', 'load_file', 'load_meta',
-           'load_pretrained_backbone', 'load_weights', 'recognise', 'save_checkpoint', 'write_text']
+           'load_pretrained_backbone', 'load_weights', 'recognise', 'save_checkpoint']
 
 FORMAT_2019 = '2019 format'
 

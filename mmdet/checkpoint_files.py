@@ -22,7 +22,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from mmdet.utils.files import replace_file
+from mmdet.utils.files import replace_file, write_file
 
 
 class _Discarded:
@@ -280,14 +280,9 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         weights = {name: value.contiguous() for name, value in content['state_dict'].items()}
         header = dict(format='pt', meta=json.dumps(content.get('meta', {}), default=repr))
         data = _safetensors().torch.save(weights, header)
-        replace_file(path, lambda file: file.write(data))
+        write_file(path, data)
     else:
         replace_file(path, write)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
-    replace_file(Path(path), lambda file: file.write(text.encode()))
 
 
 def plain(value: Any, key: str) -> Any:

@@ -21,7 +21,7 @@ from mmdet.registry import METRICS
 from mmdet.structures.masks import finished
 from mmdet.utils.coco_file import read_annotation_file
 from mmdet.utils.env import paused_gc
-from mmdet.utils.files import replace_file
+from mmdet.utils.files import write_file
 
 from .coco_eval import (
     BACKENDS,
@@ -159,7 +159,8 @@ class CocoMetric(BaseMetric):
         failure = None
         for path, content in self._files(results):
             try:
-                _write(path, content)
+                write_file(Path(path), content)
+                print_log(f'Wrote {path}', logger='current')
             except OSError as error:
                 failure = error  # an evaluation needs no disk
                 print_log(f'{path} was not written: {error}', logger='current', level=logging.ERROR)
@@ -312,8 +313,3 @@ def diagnose(ground_truth: dict[str, Any], records: list[dict[str, Any]], iou_ty
         return f'{facts}. Likely cause: class mix-up (another order of classes in checkpoint and data set)'
     return (f'{facts}. Likely cause: {iou_type} results off the objects (an untrained or diverged model, '
             'images of another data set, or boxes in another scale)')
-
-
-def _write(path: str, content: bytes) -> None:
-    replace_file(Path(path), lambda file: file.write(content))
-    print_log(f'Wrote {path}', logger='current')

@@ -25,3 +25,8 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """:func:`replace_file` by ``content``."""
+    replace_file(path, lambda file: file.write(content))

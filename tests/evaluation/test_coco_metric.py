@@ -290,7 +290,7 @@ def test_an_error_of_evaluation_leaves_the_results_on_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_numbers(ann_file, tmp_path, monkeypatch, log):
-    monkeypatch.setattr(coco_metric, 'replace_file', Mock(side_effect=OSError(28, 'No space left on device')))
+    monkeypatch.setattr(coco_metric, 'write_file', Mock(side_effect=OSError(28, 'No space left on device')))
     with pytest.raises(OSError, match='No space left'):
         evaluate(build(ann_file, out=str(tmp_path / 'r.pkl')), [prediction(i) for i in range(5)])
     said = ('r.pkl was not written: [Errno 28]', 'Evaluation of bbox', 'Evaluation of segm')

@@ -28,6 +28,7 @@ from mmdet.datasets.synthetic import CLASSES, CONTEXT_CLASSES
 from mmdet.engine.launch import parse_args, run_tool
 from mmdet.evaluation.coco_eval import run_coco_eval, select_ground_truth
 from mmdet.utils.coco_file import read_annotation_file
+from mmdet.utils.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs/quickstart/mask_rcnn_r4_gcb_c3-c5_r18_fpn_synthetic.py'
@@ -112,7 +113,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> Numbers:
         call('train.py', CONFIG, '--seed', seed, '--resume_from', 'auto', *common, log=folder / 'log.txt')
     call('test.py', CONFIG, checkpoint, '--json_prefix', folder / 'val', *common, log=folder / 'log.txt')
     numbers = measure(args.data / 'annotations/instances_val.json', folder / 'val')
-    write(result, json.dumps(numbers))
+    write_file(result, json.dumps(numbers).encode())
     return numbers
 
 
@@ -160,13 +161,6 @@ def draw(runs: Runs, out: Path) -> None:
     figure.savefig(out, dpi=80)
 
 
-def write(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
     """Note in ``out`` what all its runs have in common.
 
@@ -182,7 +176,7 @@ def keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
                     f'--out {out} holds runs with {name}={kept[name]}, not {value}: choose another')
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(settings))
+        write_file(path, json.dumps(settings).encode())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -215,8 +209,8 @@ def main(argv: Sequence[str]) -> None:
         print(f'[{i}/{len(todo)}] {variant}, seed {seed}, {(time.monotonic() - start) / 60:.1f} min: '
               + ', '.join(f'{column} {100 * numbers[column]:.1f}' for column in COLUMNS), flush=True)
         finished = {variant: seeds for variant, seeds in runs.items() if seeds}
-        write(args.out / 'results.json', json.dumps(finished, indent=1))
-        write(args.out / 'results.md', markdown(finished))
+        write_file(args.out / 'results.json', json.dumps(finished, indent=1).encode())
+        write_file(args.out / 'results.md', markdown(finished).encode())
         draw(finished, args.out / 'results.png')
     print(f'\n{markdown(runs)}\nWrote {args.out}/results.json, results.md and results.png')
 

@@ -7,9 +7,9 @@ import mmengine.hooks
 from mmengine.dist import is_main_process
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mmdet.checkpoint import write_text
 from mmdet.engine.hooks.training_hooks import broadcast_buffers
 from mmdet.registry import HOOKS
+from mmdet.utils.files import write_file
 
 
 @HOOKS.register_module()
@@ -41,6 +41,6 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         runner.save_checkpoint(
             self.out_dir, name, save_optimizer=self.save_optimizer, meta=meta, by_epoch=self.by_epoch)
         if is_main_process():
-            write_text(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt)
+            write_file(Path(runner.work_dir, 'last_checkpoint'), self.last_ckpt.encode())
             for old in outdated:
                 (folder / old).unlink(missing_ok=True)
