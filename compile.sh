@@ -51,7 +51,7 @@ if [ "$prefix" = "$environment" ] || [ "$prefix" != "$("$python" -c 'import sys;
     environment=$prefix
 else
     environment=$PWD/.venv
-    if [ -e .venv/bin/python ]; then
+    if [ -e .venv/bin/python ] || [ -L .venv/bin/python ]; then  # a link whose Python is gone counts as well
         found=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null) ||
             fail ".venv/bin/python does not run: remove .venv and start again"
         [ "$found" = "$version" ] ||
@@ -67,26 +67,30 @@ else
 fi
 export PATH=$environment/bin:$PATH
 [ -e "$environment/pyvenv.cfg" ] && export VIRTUAL_ENV=$environment
-unset PYTHONHOME
+unset PYTHONHOME PYTHONSAFEPATH  # these name another library, and hide setup.py
 
 # --- Requirements ----------------------------------------------------------------------------------------------------
+# What an expression in setup.py gives. Assigned first, never inside a test, so that its failure ends the set-up.
 ask() { python -c "import setup; answer = setup.$1; print(*answer if isinstance(answer, list) else [answer])"; }
 
 pip_install() {  # what it is for, then the arguments of pip install
-    local what=$1 log
+    local what=$1 log reason
     shift
     python -m pip --version > /dev/null 2>&1 || fail "$environment has no pip: run $environment/bin/python -m ensurepip"
     log=$(mktemp)
     say "installing $what: $*"
-    python -m pip install "$@" 2> >(tee "$log" >&2) || {
-        sleep 0.2  # tee may still be writing
-        fail "pip could not install $what: $(grep '^ERROR' "$log" | tail -n1 | cut -c8- || true)"
+    { python -m pip install "$@" 2>&1 >&3 | tee "$log" >&2; } 3>&1 || {
+        reason=$(grep '^ERROR' "$log" | tail -n1 | cut -c8- || true)
+        if grep -qE 'connection broken|Failed to establish|name resolution' "$log"; then
+            reason="it cannot reach its index: check the network, or set PIP_INDEX_URL ($reason)"
+        fi
+        fail "pip could not install $what: $reason"
     }
     rm -f "$log"
 }
 
 install_requirements() {
-    local torch missing free lite rest message
+    local torch missing free lite rest desktop message
     torch=$(ask 'installed("torch")')
     missing=$(ask 'missing(setup.build_requirements() + setup.requirements())')
     if [[ " $missing" = *' torch>='* ]]; then
@@ -104,7 +108,8 @@ install_requirements() {
         [ -z "$rest" ] || pip_install 'the requirements' $rest packaging
         [ -z "$lite" ] || pip_install 'the requirements' --no-deps $lite
     fi
-    if [ "$(ask 'installed("opencv-python")')" != None ] || ! python -c 'import cv2' 2> /dev/null; then
+    desktop=$(ask 'installed("opencv-python")')
+    if [ "$desktop" != None ] || ! python -c 'import cv2' 2> /dev/null; then
         # Both own the folder cv2, and this one needs libGL and libX11, which a server does not have.
         say 'replacing opencv-python, which needs libraries of a desktop, by its headless twin'
         python -m pip uninstall --quiet --yes opencv-python
@@ -117,26 +122,31 @@ install_requirements() {
 
 # --- The extension and the package -----------------------------------------------------------------------------------
 build() {
-    local compiler
-    compiler=$(ask 'missing_cuda_compiler()') || exit 1
+    local compiler editable message
+    compiler=$(ask 'missing_cuda_compiler()')
     [ -z "$compiler" ] ||
         pip_install 'a CUDA compiler (else set CUDA_HOME, or hide the GPU with CUDA_VISIBLE_DEVICES=)' $compiler
     say "building mmdet._C (minutes the first time)"
     # Of ninja's lines the file's name alone; without torch's remarks on the toolkit, which setup.py has judged.
     python setup.py --quiet build_ext --inplace --force 2>&1 | sed -uE \
-        -e 's|^(\[[0-9]+/[0-9]+\]) .* -c [^ ]*(mmdet/ops/csrc/[^ ]+) .*|\1 \2|' -e '/cpp_extension.py:[0-9]+\]/d' ||
+        -e 's|^(\[[0-9]+/[0-9]+\]) .* -c .*(mmdet/ops/csrc/[^ ]+\.c[pu]+).*|\1 \2|' -e '/cpp_extension.py:[0-9]+\]/d' ||
         fail 'the extension was not built: the compiler says why above'
-    [ "$(ask 'installed_editable()')" = True ] ||
+    editable=$(ask 'installed_editable()')
+    [ "$editable" = True ] ||
         pip_install 'mmdet' --quiet --no-build-isolation --no-deps -e .
 
     python -m mmdet.utils.collect_env
+    message=$(python -c 'import torch, mmdet._C' 2>&1) ||
+        fail "mmdet._C was built but cannot be loaded: $(tail -n1 <<< "$message")"
     ask 'fingerprint()' > build/fingerprint
 }
 
-[ "$(ask 'installed("mmdet")')" = None ] ||
+other=$(ask 'installed("mmdet")')
+[ "$other" = None ] ||
     fail "OpenMMLab's mmdet is installed in $environment, and Python would import it instead of this one:" \
         "run 'pip uninstall mmdet' there, or use a fresh environment"
-if [ "$(ask 'up_to_date()')" = True ]; then
+up_to_date=$(ask 'up_to_date()')
+if [ "$up_to_date" = True ]; then
     say 'nothing has changed since the last set-up'
 else
     install_requirements

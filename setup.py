@@ -218,16 +218,17 @@ def extension():
         simd = ['-mavx2', '-mfma', '-mf16c', '-DCPU_CAPABILITY=AVX2', '-DCPU_CAPABILITY_AVX2']
         simd += ['-ffp-contract=off']
     cxx = ['-O3', '-std=c++20', '-Wall', '-Wno-unknown-pragmas', *openmp, *simd]
-    flags = {'cxx': cxx, 'nvcc': ['-O3', '-std=c++20']}
+    nvcc = ['-O3', '-std=c++20', *(f'-Xcompiler={flag}' for flag in openmp)]
+    flags = {'cxx': cxx, 'nvcc': nvcc}
     common = dict(extra_compile_args=flags, extra_link_args=openmp, py_limited_api=True,
                   depends=sources('**/*.h') + sources('**/*.cuh'))
     files = sources('*.cpp') + sources('cpu/*.cpp')
     if not home:
         return CppExtension('mmdet._C', files, **common)
 
-    if not torch.cuda.is_available():
-        # Turing and everything later: code for 8.0 runs on 8.x, the PTX of 9.0 on what comes after.
-        os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '7.5;8.0;9.0+PTX')
+    # Turing and everything later, whatever GPU is here, as a checkout may be shared by machines with others:
+    # code for 8.0 runs on 8.x, the PTX of 9.0 on what comes after.
+    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '7.5;8.0;9.0+PTX')
     cuda = CUDAExtension('mmdet._C', files + sources('cuda/*.cu'), **common)
     runtime = next(iter(sorted((pip_cuda_home() / 'lib').glob('libcudart.so.*'))), None)
     if runtime:
@@ -241,6 +242,9 @@ def main() -> None:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f'error: Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}')
     check_torch()
+    if lacking := missing(build_requirements()):
+        sys.exit(f'error: this build needs {" and ".join(lacking)}: run `pip install '
+                 f'{" ".join(repr(line) for line in lacking)}` (./compile.sh installs them as well)')
     os.chdir(ROOT)
     os.environ.setdefault('MAX_JOBS', str(os.cpu_count()))
     module = extension()
@@ -278,6 +282,7 @@ def main() -> None:
     setup(
         version=package_version(),
         packages=find_packages(include=['mmdet', 'mmdet.*']),
+        include_package_data=False,  # by default part of the C++ sources would be installed
         install_requires=requirements(),
         ext_modules=[module],
         cmdclass={'build_ext': BuildInOnePlace, 'develop': Develop},

@@ -2,6 +2,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,20 @@ def program(path: Path, text: str) -> Path:
     path.write_text(f'#!/bin/sh\n{text}\n')
     path.chmod(0o755)
     return path
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    """Metadata of an installed distribution, for a PYTHONPATH."""
+    path = folder / f'{name}-{version}.dist-info'
+    path.mkdir()
+    (path / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+
+
+def interpreter(folder: Path, *cases: str) -> Path:
+    """A stub of Python 3.12 in this folder, which answers more by shell cases of its arguments."""
+    (folder / 'Python.h').touch()
+    lines = '\n'.join([*cases, '*version_info*) echo 3.12 ;;', '*GIL*) echo 0 ;;', f'*) echo "{folder}" ;;'])
+    return program(folder / 'bin' / 'python', f'case "$*" in\n{lines}\nesac')
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -165,6 +180,13 @@ def test_an_old_torch_is_named(tmp_path: Path) -> None:
     assert line.startswith('error: torch 2.9.1+cpu is installed, 2.11 or later is needed')
 
 
+def test_an_old_build_requirement_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'torch.py').write_text('__version__ = "2.14.1"')
+    distribution(tmp_path, 'ninja', '1.10')
+    line = error_of(run(sys.executable, 'setup.py', 'build_ext', PYTHONPATH=str(tmp_path)))
+    assert re.match(r"error: this build needs (ninja>=[\d.]+): run `pip install '\1'` ", line)
+
+
 @pytest.mark.parametrize('version', ['2.7', '3.10', '3.14'])
 def test_compile_names_an_unsuitable_python(version: str, tmp_path: Path) -> None:
     python = program(tmp_path / 'python', f'echo {version}')
@@ -173,11 +195,11 @@ def test_compile_names_an_unsuitable_python(version: str, tmp_path: Path) -> Non
                     'name another one with PYTHON=...')
 
 
-def test_compile_refuses_to_stand_beside_another_mmdet(tmp_path: Path) -> None:
-    folder = tmp_path / 'mmdet-3.3.0.dist-info'
-    folder.mkdir()
-    (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: mmdet\nVersion: 3.3.0\n')
-    line = error_of(run('./compile.sh', PYTHON=sys.executable, PYTHONPATH=str(tmp_path)))
+@pytest.mark.parametrize('safe_path', ['', '1'])
+def test_compile_refuses_to_stand_beside_another_mmdet(safe_path: str, tmp_path: Path) -> None:
+    distribution(tmp_path, 'mmdet', '3.3.0')
+    line = error_of(run('./compile.sh', PYTHON=sys.executable, PYTHONPATH=str(tmp_path),
+                        PYTHONSAFEPATH=safe_path))
     assert line == (f"error: OpenMMLab's mmdet is installed in {sys.prefix}, and Python would import it "
                     "instead of this one: run 'pip uninstall mmdet' there, or use a fresh environment")
 
@@ -203,3 +225,32 @@ def test_compile_names_a_compiler_that_is_too_old(tmp_path: Path) -> None:
     compiler = program(tmp_path / 'c++', 'echo "c++: error: no option -std=c++20" >&2; exit 1')
     line = error_of(run('./compile.sh', PYTHON=sys.executable, CXX=str(compiler)))
     assert line == f'error: {compiler} cannot build C++20 with OpenMP: c++: error: no option -std=c++20'
+
+
+def test_compile_names_an_environment_whose_python_is_gone(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / 'compile.sh', tmp_path)
+    link = tmp_path / '.venv' / 'bin' / 'python'
+    link.parent.mkdir(parents=True)
+    link.symlink_to('/nonexistent/python')
+    line = error_of(run(script, PYTHON=str(interpreter(tmp_path))))
+    assert line == 'error: .venv/bin/python does not run: remove .venv and start again'
+
+
+def test_compile_ends_with_what_stops_setup_py(tmp_path: Path) -> None:
+    interpreter(tmp_path, '*"import setup"*) echo "error: broken" >&2; exit 1 ;;')
+    assert error_of(run('./compile.sh', VIRTUAL_ENV=str(tmp_path))) == 'error: broken'
+
+
+@pytest.mark.parametrize('warning, reason', [
+    ('', 'No matching distribution found for ninja>=1.11'),
+    ('WARNING: Retrying (Retry(total=0)) after connection broken by NewConnectionError: /simple/ninja/',
+     'it cannot reach its index: check the network, or set PIP_INDEX_URL '
+     '(No matching distribution found for ninja>=1.11)'),
+])
+def test_compile_says_why_pip_failed(warning: str, reason: str, tmp_path: Path) -> None:
+    message = f'{warning}\nERROR: No matching distribution found for ninja>=1.11'
+    interpreter(tmp_path, '*mmdet*) echo None ;;', '*up_to_date*) echo False ;;',
+                '*missing*) echo "ninja>=1.11" ;;', f'*"pip install"*) echo "{message}" >&2; exit 1 ;;')
+    done = run('./compile.sh', VIRTUAL_ENV=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f'error: pip could not install the requirements: {reason}'
