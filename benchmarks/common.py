@@ -36,7 +36,7 @@ MALLOC = {'malloc as it is': {}, 'malloc keeps memory': KEEP_MEMORY}
 def out_parser(doc: str | None) -> argparse.ArgumentParser:
     """The flag of every script."""
     parser = argparse.ArgumentParser(description=(doc or '').partition('\n')[0])
-    parser.add_argument('--out', type=Path, metavar='FILE.json', help='write the numbers to this file')
+    parser.add_argument('--out', type=out_file, metavar='FILE.json', help='write the numbers to this file')
     return parser
 
 
@@ -48,6 +48,16 @@ def common_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def out_file(text: str) -> Path:
+    """A flag's value: a file that can be written, before anything is measured; its folder is made."""
+    try:
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        open(text, 'a').close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f'{error.filename!r} cannot be written: {error.strerror}') from None
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """A flag's value: a number from 1 on."""
     if not text.isdecimal() or int(text) == 0:
@@ -56,7 +66,9 @@ def positive(text: str) -> int:
 
 
 def device(text: str) -> str:
-    """A flag's value: a device of this machine."""
+    """A flag's value: 'cpu' or 'cuda', if this machine has it; CUDA_VISIBLE_DEVICES chooses a GPU."""
+    if text not in ('cpu', 'cuda'):
+        raise argparse.ArgumentTypeError(f'{text!r} is no device to measure; take cpu or cuda')
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -220,7 +232,6 @@ def machine() -> dict[str, Any]:
 def write_json(args: argparse.Namespace, records: Sequence[dict[str, Any]]) -> None:
     """Write the records, the machine and the arguments to ``--out``, if that is given."""
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         options = {key: value if isinstance(value, list | int | float | None) else str(value)
                    for key, value in vars(args).items()}
         content = dict(machine=machine(), command=' '.join(sys.argv), options=options, records=records)

@@ -12,13 +12,20 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from alternate import compare, op_parser
-from common import write_json
+from common import positive, write_json
 from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock
 
 SIZES = {512: (100, 168), 1024: (50, 84), 2048: (25, 42)}  # by channels: c3, c4, c5 at 800 x 1344
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def ratio_of_channels(text: str) -> float:
+    """A flag's value: a ratio that leaves a channel."""
+    if not 1 / min(SIZES) <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no ratio from 1/{min(SIZES)} to 1')
+    return float(text)
 
 
 def eager(block: ContextBlock, x: Tensor, identity: Tensor | None) -> Tensor:
@@ -144,8 +151,8 @@ def main() -> None:
     parser.add_argument('--dtype', default='float32', choices=['float32', 'float64', 'float16', 'bfloat16'])
     parser.add_argument('--layouts', nargs='+', default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument('--channels', nargs='+', type=int, default=list(SIZES), choices=list(SIZES))
-    parser.add_argument('--ratios', nargs='+', type=float, default=[1 / 4, 1 / 16])
-    parser.add_argument('--images', nargs='+', type=int, default=[2])
+    parser.add_argument('--ratios', nargs='+', type=ratio_of_channels, default=[1 / 4, 1 / 16])
+    parser.add_argument('--images', nargs='+', type=positive, default=[2])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

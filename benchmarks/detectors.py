@@ -120,6 +120,8 @@ def load_batch(cfg: Any, part: str, args: argparse.Namespace, size: int) -> dict
     fitting = (item for item in loaded if min(item['inputs'].shape[1:]) == size)
     count = args.batch or IMAGES[part]
     items = [item for item, _ in zip(fitting, range(count))]
+    if not items:
+        raise SystemExit(f'error: {args.data} has no image to {part} on with a short side of {size} pixels')
     items = [items[i % len(items)] for i in range(count)]  # a large batch of a small data set
     if args.device != 'cpu':  # as the data loader does
         items = [{key: value.pin_memory() for key, value in item.items()} for item in items]

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torchvision
 from alternate import compare, op_parser
-from common import write_json
+from common import positive, write_json
 from torch import Tensor
 
 from mmdet.ops import roi_align
@@ -21,7 +21,7 @@ def make_rois(count: int) -> Tensor:
 
 def main() -> None:
     parser = op_parser(__doc__)
-    parser.add_argument('--rois', type=int, default=512)
+    parser.add_argument('--rois', type=positive, default=512)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -6,10 +6,11 @@
 set -euo pipefail
 
 data=$(realpath "${1:?usage: benchmarks/run_all.sh COCO [OUT]}")
-if [[ ! -f $data/annotations/instances_val2017.json ]]; then
-    echo "error: $data has no annotations/instances_val2017.json" >&2
-    exit 1
-fi
+for name in PYTHON MMDETECTION DETECTRON2; do  # relative to here; realpath would lead out of an environment
+    if [[ ${!name:-} == [!/]*/* ]]; then
+        printf -v "$name" %s "$PWD/${!name}"
+    fi
+done
 out=${2:+$(mkdir -p "$2" && realpath "$2")}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
@@ -24,6 +25,8 @@ run() {  # SCRIPT NAME [FLAG]...
 
 others=(${MMDETECTION:+--mmdetection "$MMDETECTION"} ${DETECTRON2:+--detectron2 "$DETECTRON2"})
 device=(--device "${DEVICE:-cpu}")
+# Reads these flags, and says now what is wrong with them.
+"$python" benchmarks/inference.py --data "$data" "${device[@]}" "${others[@]}" --help > /dev/null
 for name in memory roi_align nms masks mask_targets; do
     run "$name" "$name" "${device[@]}"
 done
