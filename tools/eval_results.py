@@ -46,11 +46,23 @@ def load_results(path: str) -> list[dict[str, Any]]:
 
 
 def category_ids(ann_file: str, classes: list[str] | None) -> list[int]:
-    """The category id of each label: that of each class named, or all of the file in its order."""
-    ids = {category['name']: category['id'] for category in read_annotation_file(ann_file)['categories']}
-    if unknown := [name for name in classes or [] if name not in ids]:
-        raise ValueError(f'class {unknown[0]!r} is not among the categories of {ann_file}: {", ".join(ids)}')
-    return [ids[name] for name in classes or ids]
+    """The category id of each label: that of each class named, or all of the file in its order.
+
+    Raises:
+        ValueError: a class is named twice, or is not the name of one category.
+    """
+    categories = read_annotation_file(ann_file)['categories']
+    if not classes:
+        return [category['id'] for category in categories]
+    names = [category['name'] for category in categories]
+    for name in classes:
+        if classes.count(name) > 1:
+            raise ValueError(f'--classes names {name!r} twice')
+        if name not in names:
+            raise ValueError(f'class {name!r} is not among the categories of {ann_file}: {", ".join(names)}')
+        if names.count(name) > 1:
+            raise ValueError(f'class {name!r} is the name of several categories of {ann_file}')
+    return [categories[names.index(name)]['id'] for name in classes]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Load a detector, run it on images, draw what it found."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmdet.datasets.coco import CocoDataset
 from mmdet.datasets.transforms import LoadImageFromFile
 from mmdet.legacy_2019 import choose_numerics
 from mmdet.registry import MODELS, TRANSFORMS
-from mmdet.utils.config import load_config
+from mmdet.utils.config import check_config, load_config
 from mmdet.utils.env import to_device
 from mmdet.visualization import draw_detections, write_image
 
@@ -35,51 +35,60 @@ def init_detector(config: str | Path | Config, checkpoint: str | Path | None = N
 
     Returns:
         The model, with ``cfg`` (the config) and ``dataset_meta`` (``classes``: those of the checkpoint,
-        else of the config).
+        else of the config, else COCO's).
 
     Raises:
-        FileNotFoundError, ValueError: see ``load_config``, ``load_file`` and ``load_weights``.
+        FileNotFoundError, ValueError: see ``load_config``, ``load_file`` and ``load_weights``; a config that
+            is given is checked as a file is.
     """
     if isinstance(config, Config):
         cfg = config.copy()
         cfg.merge_from_dict(dict(cfg_options or {}))
+        # Of its own top-level keys some are helper variables, which nobody can tell from misspelt ones here.
+        check_config(cfg, cfg.filename or 'config', helpers=config.keys())
     else:
         cfg = load_config(config, cfg_options)
     content = None if checkpoint is None else load_file(checkpoint)
     meta: dict[str, Any] = content['meta'] if content else {}
     cfg = choose_numerics(cfg, meta)
-    given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
-    model = MODELS.build(given | cfg.model)
+    model = build_detector(cfg)
     if content is None:
         warnings.warn('no checkpoint is given: the detector has random weights', stacklevel=2)
     else:
         load_weights(model, content['state_dict'], str(checkpoint))
     model.cfg = cfg
-    metainfo = meta.get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO
-    model.dataset_meta = dict(metainfo)
+    sources = (cfg.test_dataloader.dataset.get('metainfo'), meta.get('dataset_meta'))
+    model.dataset_meta = CocoDataset.METAINFO | {
+        key: value for source in sources for key, value in (source or {}).items() if value}
     return to_device(model, device).eval()
 
 
+def build_detector(cfg: Config) -> BaseModel:
+    """The detector of a config, with random weights."""
+    given = {key: cfg[key] for key in ['data_preprocessor'] if key in cfg}  # as the runner hands it on
+    return MODELS.build(given | cfg.model)
+
+
 def inference_detector(model: BaseModel,
-                       images: Image | Sequence[Image]) -> dict[str, Any] | list[dict[str, Any]]:
+                       images: Image | Iterable[Image]) -> dict[str, Any] | list[dict[str, Any]]:
     """Detect objects in one image or in several, one after the other.
 
     Args:
         model: from ``init_detector``.
-        images: path of an image file or (H, W, 3) uint8 array in BGR order, or a list of these.
+        images: path of an image file or (H, W, 3) uint8 array in BGR order, or several of these.
 
     Returns:
-        A dict for one image, a list of dicts for a list: ``boxes`` (n, 4) xyxy in pixels of the image,
+        A dict for one image, a list of dicts for several: ``boxes`` (n, 4) xyxy in pixels of the image,
         ``scores`` (n,), ``labels`` (n,), best first, and from a Mask R-CNN ``masks`` (n COCO RLE
         dicts); also ``img_id`` (position in the list), ``img_path`` and ``ori_shape``.
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: an image cannot be decoded, or an array is not (H, W, 3) uint8.
+        ValueError: an image cannot be decoded, or is neither a path nor such an array.
     """
-    if isinstance(images, (str, Path, np.ndarray)):
-        return _detect(model, images, 0)
-    return [_detect(model, image, i) for i, image in enumerate(images)]
+    if isinstance(images, Iterable) and not isinstance(images, (str, bytes, np.ndarray, torch.Tensor)):
+        return [_detect(model, image, i) for i, image in enumerate(images)]
+    return _detect(model, images, 0)
 
 
 def show_result(image: Image, result: Mapping[str, Any], classes: Sequence[str], score_thr: float = 0.3,
@@ -95,20 +104,22 @@ def show_result(image: Image, result: Mapping[str, Any], classes: Sequence[str],
     return picture
 
 
-def _detect(model: BaseModel, image: Image, img_id: int) -> dict[str, Any]:
-    # The image is loaded here, since an array needs no loading.
-    steps = model.cfg.test_dataloader.dataset.pipeline
-    pipeline = Compose([TRANSFORMS.build(step) for step in steps if step['type'] != 'LoadImageFromFile'])
-    item = pipeline(_load(image) | dict(img_id=img_id))
+def _detect(model: BaseModel, image: Any, img_id: int) -> dict[str, Any]:
+    # The image is loaded here, since an array needs no loading; it has no annotations.
+    pipeline = Compose([TRANSFORMS.build(step) for step in model.cfg.test_dataloader.dataset.pipeline
+                        if step['type'] not in ('LoadImageFromFile', 'LoadAnnotations')])
+    item = pipeline(_load(image) | dict(img_id=img_id, rng=np.random.default_rng(img_id)))
     with torch.no_grad():
         return model.test_step(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]))[0]
 
 
-def _load(image: Image) -> dict[str, Any]:
+def _load(image: Any) -> dict[str, Any]:
     """What the transform LoadImageFromFile gives, also for an array."""
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, (str, Path)):
         return LoadImageFromFile().transform(dict(img_path=str(image)))
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f'an image must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}')
+    is_array = isinstance(image, np.ndarray)
+    if not is_array or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+        found = f'{image.shape} {image.dtype} array' if is_array else type(image).__name__
+        raise ValueError(f'{found} is no image: give a path or an (H, W, 3) uint8 BGR array')
     image = np.ascontiguousarray(image)
     return dict(img_path='', img=image, ori_shape=image.shape[:2], img_shape=image.shape[:2])

@@ -20,7 +20,8 @@ Colour = tuple[int, int, int]
 PALETTE: tuple[Colour, ...] = (
     (230, 57, 70), (29, 133, 255), (46, 196, 100), (255, 183, 3), (157, 78, 221), (0, 187, 190),
     (255, 111, 30), (240, 84, 180), (130, 190, 30), (100, 110, 240), (170, 115, 60), (120, 135, 155))
-SHORT_SIDE = 400
+# How far small images are enlarged, in pixels, and how many times at most.
+SHORT_SIDE, LONG_SIDE, MAX_FACTOR = 400, 4000, 16
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -29,7 +30,7 @@ def draw_detections(image: np.ndarray, detections: Mapping[str, Any], classes: S
     """A copy of ``image`` with the objects drawn on it.
 
     An image whose short side is below 400 pixels is enlarged by a whole factor, so that its labels
-    can be read; the picture is larger than the image then.
+    can be read: at most 16 times, and not beyond a long side of 4000 pixels.
 
     Args:
         image: (H, W, 3) uint8, BGR.
@@ -51,7 +52,8 @@ def draw_detections(image: np.ndarray, detections: Mapping[str, Any], classes: S
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f'labels from {labels.min()} to {labels.max()}, but {len(classes)} class names')
 
-    factor = max(1, math.ceil(SHORT_SIDE / min(image.shape[:2])))
+    short, long = sorted(image.shape[:2])
+    factor = max(1, min(math.ceil(SHORT_SIDE / short), LONG_SIDE // long, MAX_FACTOR))
     picture = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
     thickness = max(1, round(min(picture.shape[:2]) / 300))
     colours = [_bgr((palette or PALETTE)[label % len(palette or PALETTE)]) for label in labels]

@@ -51,6 +51,8 @@ def test_a_file_an_array_and_a_list_give_the_same(model, image, tmp_path):
         assert all(torch.equal(result[key], one[key]) for key in ('boxes', 'scores', 'labels'))
         assert result['masks'] == one['masks']
     assert inference_detector(model, []) == []
+    for several in ((image, path), (picture for picture in (image, path))):
+        assert [result['masks'] for result in inference_detector(model, several)] == [one['masks']] * 2
 
 
 @pytest.mark.shared('coco128')
@@ -76,6 +78,38 @@ def test_weights_and_classes_come_from_the_checkpoint(model, image, tmp_path):
     assert not torch.equal(*scores)
 
 
+@pytest.mark.parametrize('classes', [(), tuple(f'class {i}' for i in range(80))])
+def test_what_a_checkpoint_does_not_name_is_of_the_config_or_coco(model, classes, tmp_path):
+    save_checkpoint(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=classes))),
+                    tmp_path / 'c.pth')
+    palette = OPTIONS | {'test_dataloader.dataset.metainfo': dict(palette=[[1, 2, 3]])}
+    loaded = init_detector(CONFIG, tmp_path / 'c.pth', cfg_options=palette)
+    assert loaded.dataset_meta == dict(classes=classes or COCO_CLASSES, palette=[[1, 2, 3]])
+
+
+def test_the_transforms_of_a_data_set_are_taken(model, image, monkeypatch):
+    expected = inference_detector(model, image)
+    load, resize, pack = model.cfg.test_dataloader.dataset.pipeline
+    more = [dict(type='LoadAnnotations', with_mask=True), dict(type='RandomFlip', prob=0.0)]
+    monkeypatch.setitem(model.cfg.test_dataloader.dataset, 'pipeline', [load, resize, *more, pack])
+    assert torch.equal(inference_detector(model, image)['boxes'], expected['boxes'])
+
+
+@pytest.mark.parametrize('key, message', [
+    ('model.test_cfg.rcnn.score_th', r"r50_fpn_1x.py: model.test_cfg.rcnn.score_th: .* 'score_thr'"),
+    ('modle.neck', "modle: unknown top-level key; did you mean 'model'")])
+def test_options_of_a_config_are_checked(key, message):
+    with pytest.raises(ValueError, match=message):
+        init_detector(load_config(CONFIG), cfg_options=OPTIONS | {key: 0.3})
+
+
+def test_a_helper_variable_of_a_config_may_resemble_a_key(tmp_path):
+    path = tmp_path / 'helper.py'
+    path.write_text(f"_base_ = '{CONFIG}'\nmodels = dict(depth=18)\nmodel = dict(backbone=models)\n")
+    with pytest.warns(UserWarning, match='random weights'):
+        assert init_detector(load_config(path), cfg_options=OPTIONS).cfg.model.backbone.depth == 18
+
+
 def test_a_detector_without_weights_says_so():
     with pytest.warns(UserWarning, match='the detector has random weights'):
         init_detector(CONFIG, cfg_options=OPTIONS)
@@ -92,8 +126,13 @@ def test_show_result_draws_and_writes(model, image, tmp_path):
 
 @pytest.mark.parametrize('images, error, message', [
     ('absent.jpg', FileNotFoundError, 'absent.jpg'),
-    (np.zeros((4, 4), np.uint8), ValueError, r'must be \(H, W, 3\) uint8 in BGR order, not \(4, 4\) uint8'),
-    ([np.zeros((4, 4, 3))], ValueError, r'not \(4, 4, 3\) float64'),
+    (np.zeros((4, 4), np.uint8), ValueError, r'^\(4, 4\) uint8 array is no image: give a path or an '),
+    ([np.zeros((4, 4, 3))], ValueError, r'^\(4, 4, 3\) float64 array is no image'),
+    (np.zeros((0, 4, 3), np.uint8), ValueError, r'^\(0, 4, 3\) uint8 array is no image'),
+    (torch.zeros(4, 4, 3, dtype=torch.uint8), ValueError, '^Tensor is no image'),
+    (b'image.jpg', ValueError, '^bytes is no image'),
+    (None, ValueError, '^NoneType is no image'),
+    ([np.zeros((4, 4, 3), np.uint8), 5], ValueError, '^int is no image'),
 ])
 def test_what_is_no_image_is_an_error(model, images, error, message):
     with pytest.raises(error, match=message):

@@ -71,12 +71,26 @@ def test_classes_set_the_order_of_the_labels(saved):
         name: value for name, value in numbers.items() if 'bbox' in name}
 
 
+def test_categories_of_one_name_stay_two(saved, monkeypatch, capsys):
+    folder, numbers = saved
+    monkeypatch.chdir(folder)
+    main = runpy.run_path(str(TOOL))['main']
+    content = json.loads((folder / 'gt.json').read_text())
+    content['categories'][1]['name'] = 'cat'
+    (folder / 'twins.json').write_text(json.dumps(content))
+    main(['r.pkl', '--ann', 'twins.json'])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == numbers
+    with pytest.raises(ValueError, match="class 'cat' is the name of several categories of twins.json"):
+        main(['r.pkl', '--ann', 'twins.json', '--classes', 'cat'])
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['no.pkl', '--ann', 'gt.json'], 'results no.pkl do not exist'),
     (['gt.json', '--ann', 'gt.json'], 'results gt.json cannot be read as a pickle file'),
     (['old.pkl', '--ann', 'gt.json'], 'results old.pkl are not a list of dicts with boxes, img_id'),
     (['r.pkl', '--ann', 'no.json'], 'no.json: configs name it by'),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cow'], "class 'cow' is not among the categories of gt.json"),
+    (['r.pkl', '--ann', 'gt.json', '--classes', 'cat', 'cat'], "--classes names 'cat' twice"),
     (['r.pkl', '--ann', 'gt.json', '--classes', 'cat'], 'labels reach from 0 to 1, but the data set has 1'),
     (['evil.pkl', '--ann', 'gt.json'], 'it holds builtins.print, which could run code'),
     (['boxes.pkl', '--ann', 'gt.json', '--eval', 'segm'], "metric 'segm' needs masks"),

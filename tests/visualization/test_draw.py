@@ -76,6 +76,14 @@ def test_small_images_are_enlarged_so_that_labels_can_be_read():
     assert picture[240, 320].tolist() == [0, 0, 255] and (picture[240, 330] == 100).all()
 
 
+@pytest.mark.parametrize('size, expected', [
+    ((50, 1000), (200, 4000)), ((20, 4000), (20, 4000)), ((5000, 20), (5000, 20)), ((1, 1), (16, 16))])
+def test_thin_and_tiny_images_are_enlarged_within_bounds(size, expected):
+    found = dict(boxes=np.array([[0., 0, 1, 1]]), labels=np.array([0]), masks=[square(0, 0, 1, size)])
+    picture = draw_detections(np.zeros((*size, 3), np.uint8), found, ('cat',))
+    assert picture.shape == (*expected, 3) and picture.any()
+
+
 @pytest.mark.parametrize('bad, message', [
     (dict(labels=np.array([0, 2])), 'labels from 0 to 2, but 2 class names'),
     (dict(masks=[square(0, 0, 9, (10, 10))] * 2), r'a mask is \(10, 10\), but the image \(400, 600\)'),

@@ -17,8 +17,8 @@ from terminaltables import AsciiTable
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdet.apis.inference import build_detector
 from mmdet.engine.launch import add_cfg_options, parse_args, run_tool
-from mmdet.registry import MODELS
 from mmdet.utils.config import load_config
 
 PARTS = ('backbone', 'neck', 'rpn_head', 'roi_head')
@@ -76,7 +76,7 @@ def count_multiply_adds(model: Any, width: int, height: int, rois: int) -> int:
 def build(cfg: Config) -> nn.Module:
     """The config's model in eval mode, on tensors without memory."""
     with torch.device('meta'):
-        return MODELS.build(cfg.model).eval()
+        return build_detector(cfg).eval()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,6 +87,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--rois', type=int, default=1000)
     add_cfg_options(parser)
     args = parse_args(parser, argv)
+    if min(args.shape) < 1 or args.rois < 0:
+        raise ValueError(f'--shape {" ".join(map(str, args.shape))} --rois {args.rois}: '
+                         'sides from 1, RoIs from 0')
     rows = [['config', 'parameters (M)', 'context blocks (M)', 'over the first (M)', 'multiply-adds (G)']]
     first = None
     for config in args.configs:

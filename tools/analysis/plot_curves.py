@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,24 +31,40 @@ def find_log(path: str) -> Path:
     return trainings[-1]
 
 
-def read_curves(log: Path) -> dict[str, Curve]:
-    """For each number in the log, its steps (iterations in training, epochs in evaluation) and values."""
+def read_records(log: Path) -> list[dict[str, Any]]:
+    """The lines of the log, each with its 'step': iterations in training, see ``evaluation_unit``."""
     try:
-        records: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines() if line]
+        records = [json.loads(line) for line in log.read_text().splitlines() if line]
     except FileNotFoundError:
         raise FileNotFoundError(f'log {log} does not exist') from None
     except ValueError as error:
         raise ValueError(f'log {log} does not hold JSON lines: {error}') from None
+    if not all(isinstance(record, dict) and 'step' in record for record in records):
+        raise ValueError(f'log {log} has a line without "step": give a scalars.json of a training')
+    return records
+
+
+def read_curves(log: Path) -> dict[str, Curve]:
+    """For each number in the log, its steps and values."""
     curves: dict[str, Curve] = {}
-    for record in records:
-        if not isinstance(record, dict) or 'step' not in record:
-            raise ValueError(f'log {log} has a line without "step": give a scalars.json of a training')
+    for record in read_records(log):
         for key, value in record.items():
             if isinstance(value, (int, float)) and key not in ('step', 'iter', 'epoch'):
                 steps, values = curves.setdefault(key, ([], []))
                 steps.append(record['step'])
                 values.append(value)
     return curves
+
+
+def evaluation_unit(log: Path) -> str:
+    """'epoch' or 'iteration': what the steps of the log's evaluations count."""
+    trained = math.inf
+    for record in read_records(log):
+        if 'loss' in record:
+            trained = record['step']
+        elif record['step'] >= trained:  # epochs lag behind the iterations trained
+            return 'iteration'
+    return 'epoch'
 
 
 def choose_keys(curves: dict[str, Curve], keys: Sequence[str] | None, log: Path) -> list[str]:
@@ -61,12 +78,14 @@ def choose_keys(curves: dict[str, Curve], keys: Sequence[str] | None, log: Path)
 
 
 def draw(logs: Sequence[Path], keys: Sequence[str] | None, out: Path) -> None:
-    """Training curves over iterations on the left, evaluation curves over epochs on the right."""
+    """Training curves over iterations on the left, evaluation curves over epochs or iterations beside."""
     drawn = [(log, key, *curves[key])
              for log in logs for curves in [read_curves(log)] for key in choose_keys(curves, keys, log)]
     # mmengine names the numbers of an evaluation PREFIX/NAME, those of training plainly.
-    panels = [('iteration', [curve for curve in drawn if '/' not in curve[1]]),
-              ('epoch', [curve for curve in drawn if '/' in curve[1]])]
+    units = {log: evaluation_unit(log) for log in logs}
+    panels = [('iteration', [curve for curve in drawn if '/' not in curve[1]])]
+    panels += [(unit, [curve for curve in drawn if '/' in curve[1] and units[curve[0]] == unit])
+               for unit in ('epoch', 'iteration')]
     panels = [(axis, curves) for axis, curves in panels if curves]
     figure = Figure(figsize=(6 * len(panels), 4), layout='constrained')
     for i, (axis, curves) in enumerate(panels, 1):

@@ -21,7 +21,8 @@ class DrawHook(Hook):
 
     Args:
         out_dir: folder of the pictures; they have the names (and sub-folders) of their images, with ``.jpg``
-            behind those that name no format that OpenCV writes.
+            behind those that name no format that OpenCV writes. Of images outside the data set's folder
+            the path from there counts, without ``..``.
         score_thr: objects with a lower score are left out.
     """
 
@@ -31,10 +32,10 @@ class DrawHook(Hook):
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
                         outputs: Sequence[dict[str, Any]] | None = None) -> None:
-        """Write one picture an image.
+        """Write one picture an image; one that cannot be written is logged.
 
         Raises:
-            ValueError: a picture cannot be written, or would take the place of its image.
+            ValueError: a picture would take the place of its image.
         """
         dataset = runner.test_dataloader.dataset
         for prediction in map(finished, outputs or []):
@@ -42,12 +43,15 @@ class DrawHook(Hook):
             image = LoadImageFromFile().transform(dict(img_path=str(source)))['img']
             picture = draw_detections(image, prediction, dataset.metainfo['classes'], self.score_thr,
                                       dataset.metainfo['palette'])
-            write_image(self._target(source, dataset), picture)
+            target = self._target(source, dataset)
+            try:
+                write_image(target, picture)
+            except (OSError, ValueError) as error:  # the evaluation needs no pictures
+                runner.logger.warning(f'the picture of {source} was not written: {error}')
 
     def _target(self, source: Path, dataset: Any) -> Path:
-        source = Path(os.path.normpath(source))
-        folder = os.path.normpath(getattr(dataset, 'data_prefix', {}).get('img') or '.')
-        target = self.out_dir / (source.relative_to(folder) if source.is_relative_to(folder) else source.name)
+        path = Path(os.path.relpath(source, getattr(dataset, 'data_prefix', {}).get('img') or '.'))
+        target = self.out_dir.joinpath(*(part for part in path.parts if part != '..'))
         if target.suffix.lower() in ('.pgm', '.pbm') or not cv2.haveImageWriter(str(target)):  # no colours
             target = target.with_name(f'{target.name}.jpg')
         if target.resolve() == source.resolve():

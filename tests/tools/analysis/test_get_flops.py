@@ -46,6 +46,20 @@ def test_parameters_of_context_blocks() -> None:
         assert context(gcb=gcb, stage_with_gcb=LAST_OF_C4) == pytest.approx(millions, abs=0.006)
 
 
+def test_a_data_preprocessor_beside_the_model_is_its_own() -> None:
+    cfg = load_config(CONFIG)
+    cfg.data_preprocessor = cfg.model.pop('data_preprocessor')
+    assert get_flops.count_parameters(get_flops.build(cfg)) == get_flops.count_parameters(build())
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--shape', '0', '160'], '--shape 0 160 --rois 1000: sides from 1'),
+    (['--rois', '-1'], '--shape 1280 800 --rois -1: .* RoIs from 0')])
+def test_sizes_that_are_none_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_flops.main([str(CONFIG), *arguments])
+
+
 def test_multiply_adds_of_a_convolution_by_hand() -> None:
     model = build()
     fewer, more = (get_flops.count_multiply_adds(model, 64, 64, rois) for rois in (10, 11))

@@ -12,14 +12,16 @@ import pytest
 TOOL = Path(__file__).parents[3] / 'tools/analysis/plot_curves.py'
 
 
-def write_log(path, loss=2.0):
-    """Two epochs of two logged iterations, each followed by an evaluation."""
+def write_log(path, loss=2.0, by_epoch=True):
+    """Two epochs of two logged iterations, each followed by an evaluation, whose step is the epoch's or the
+    iteration's number."""
     path.parent.mkdir(parents=True)
     lines = []
     for epoch in (1, 2):
         for iteration in (2 * epoch - 1, 2 * epoch):
             lines.append(dict(lr=0.02, loss=loss / iteration, epoch=epoch, iter=iteration, step=iteration))
-        lines.append({'coco/bbox_mAP': 0.1 * epoch, 'coco/segm_mAP': 0.05 * epoch, 'step': epoch})
+        step = epoch if by_epoch else 2 * epoch
+        lines.append({'coco/bbox_mAP': 0.1 * epoch, 'coco/segm_mAP': 0.05 * epoch, 'step': step})
     path.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
     return path
 
@@ -66,6 +68,15 @@ def test_pictures_are_written(tmp_path, monkeypatch, capsys):
     coloured = [(picture.max(axis=2) - picture.min(axis=2) > 80).sum() for picture in (loss, one, two)]
     assert 0 < coloured[0] < coloured[1] < coloured[2]
     assert 'two.png' in capsys.readouterr().out
+
+
+def test_evaluations_are_drawn_over_what_training_counts(tmp_path, monkeypatch):
+    epochs, iterations = (write_log(tmp_path / f'{by_epoch}/log.json', by_epoch=by_epoch)
+                          for by_epoch in (True, False))
+    for logs, labels in [([epochs], (1, 1)), ([iterations], (0, 2)), ([epochs, iterations], (1, 2))]:
+        assert run(monkeypatch, *logs, '--out', tmp_path / 'c.svg') == 0
+        written = (tmp_path / 'c.svg').read_text()  # each text is in a comment
+        assert tuple(written.count(f'<!-- {axis} -->') for axis in ('epoch', 'iteration')) == labels
 
 
 @pytest.mark.parametrize('arguments, message', [
