@@ -76,13 +76,13 @@ def extension() -> str:
     try:
         import torch
         importlib.import_module('mmdet._C')
+        from mmdet.utils.env import has_cuda_kernels
     except ModuleNotFoundError as error:
         what = 'not built' if error.name == 'mmdet._C' else f'cannot be loaded without {error.name}'
         return f'{what}: run ./compile.sh'
     except Exception as error:  # mostly a symbol that another torch had
         return f'cannot be loaded, so build it again with ./compile.sh ({summary(error)})'
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('mmdet::')]
-    if any(torch._C._dispatch_has_kernel_for_dispatch_key(name, 'CUDA') for name in names):
+    if has_cuda_kernels():
         return 'C++ and CUDA'
     if torch.cuda.is_available():
         return 'C++ alone, although there is a GPU: run ./compile.sh, which installs a CUDA compiler'

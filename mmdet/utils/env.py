@@ -54,13 +54,25 @@ def setup_cpu() -> str:
     return f'threads: {threads} a process ({reason})' + (', malloc keeps memory' if kept else '')
 
 
+def has_cuda_kernels() -> bool:
+    """Whether ``mmdet._C``, which is loaded, was built with CUDA."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key('mmdet::nms', 'CUDA')
+
+
 def to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
     """Move a detector. On a GPU its convolutions' weights become channels-last, as its images are.
 
     Else each step would bring weights and their gradients from one layout into the other.
+
+    Raises:
+        ValueError: it is a GPU, for which the operators were not built.
     """
-    model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if torch.device(device).type == 'cuda' else model
+    if torch.device(device).type != 'cuda':
+        return model.to(device)
+    if not has_cuda_kernels():
+        raise ValueError(f'device {device}: mmdet._C was built without CUDA: run ./compile.sh where there is '
+                         'a GPU, or FORCE_CUDA=1 ./compile.sh elsewhere')
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def keep_memory() -> bool:

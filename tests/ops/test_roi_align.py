@@ -272,7 +272,7 @@ def test_errors(device):
         assert '\n' not in str(caught.value)
 
     for features, scales, finest, error, message in [
-            ([], [], 56, ValueError, '0 levels, but 0 spatial scales'),
+            ([], [], 56, ValueError, 'at least one level is needed'),
             ([x, x], [1.0], 56, ValueError, '2 levels, but 1 spatial scales'),
             ([x, x[:, :1]], [1.0, 0.5], 56, ValueError, 'differ in images or channels'),
             ([x, x.double()], [1.0, 0.5], 56, TypeError, 'must have one dtype, got Float and Double'),

@@ -78,6 +78,12 @@ def test_weights_lie_as_the_images_do(device: torch.device) -> None:
     assert weight.is_contiguous(memory_format=torch.channels_last) == (device.type == 'cuda')
 
 
+def test_a_build_without_cuda_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, 'has_cuda_kernels', lambda: False)
+    with pytest.raises(ValueError, match=r'^device cuda:0: .*without CUDA: run \./compile\.sh'):
+        env.to_device(torch.nn.Linear(2, 2), 'cuda:0')
+
+
 @pytest.mark.parametrize('enabled', [True, False])
 def test_garbage_collection_is_as_before(enabled: bool) -> None:
     if not enabled:

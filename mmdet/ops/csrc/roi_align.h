@@ -120,8 +120,9 @@ inline void check_roi_align(
     at::TensorList features, const at::Tensor& rois, const std::optional<at::Tensor>& levels,
     at::ArrayRef<double> spatial_scales, int64_t height, int64_t width, int64_t sampling_ratio,
     std::optional<double> finest_scale) {
+  TORCH_CHECK_VALUE(!features.empty(), "roi_align: at least one level is needed");
   TORCH_CHECK_VALUE(
-      !features.empty() && features.size() == spatial_scales.size(), "roi_align: ", features.size(), " levels, but ",
+      features.size() == spatial_scales.size(), "roi_align: ", features.size(), " levels, but ",
       spatial_scales.size(), " spatial scales");
   TORCH_CHECK_VALUE(
       rois.dim() == 2 && rois.size(1) == 5, "roi_align: rois must be (K, 5) [image, x1, y1, x2, y2], got ",

@@ -76,7 +76,8 @@ inline int64_t stream_threads(int64_t channels, int64_t pack) {
 
 // A map, contiguous or channels_last, and how it is cut into tiles.
 struct Plan {
-  int64_t images, channels, area, width, tiles, bytes;  // bytes of shared memory; 0: a tile does not fit
+  int64_t images, channels, area, width, tiles;
+  int64_t limit, bytes;                                 // of shared memory: of any tile, of these; 0: they do not fit
   bool channels_last, packs, streamed;                  // streamed: a tile passes through registers
 };
 
@@ -89,20 +90,20 @@ Plan plan_tiles(const at::Tensor& x, const at::Tensor& weight) {
   // Two blocks at a time on a multiprocessor, so that one computes while the other reads.
   int available = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device()));
-  const int64_t limit = (available - (16 << 10)) / 2;
+  plan.limit = (available - (16 << 10)) / 2;
   plan.streamed = plan.channels_last && plan.channels <= kThreads * pack;
   if (plan.streamed) {  // as many blocks as there can be at a time, or a few less
     const int64_t blocks = multiprocessors() * 512 / stream_threads(plan.channels, pack);
     plan.width = std::max<int64_t>(divide_up(plan.area, std::max<int64_t>(blocks / plan.images, 1)), kBatch);
   } else if (plan.channels_last) {
-    plan.width = std::clamp<int64_t>(std::min(kTileBytes, limit) / position, 8, kMaxWidth);
+    plan.width = std::clamp<int64_t>(std::min(kTileBytes, plan.limit) / position, 8, kMaxWidth);
   } else {  // a power of two of packs
     plan.width = std::min<int64_t>(kRowBytes / sizeof(scalar_t), kWarp * pack);
-    while (plan.width > pack && plan.width * position > limit) {
+    while (plan.width > pack && plan.width * position > plan.limit) {
       plan.width /= 2;
     }
   }
-  plan.bytes = plan.width * position > limit ? 0 : plan.width * position;
+  plan.bytes = plan.width * position > plan.limit ? 0 : plan.width * position;
   plan.tiles = divide_up(plan.area, plan.width);
   return plan;
 }
@@ -112,19 +113,24 @@ void run_tiles(const Plan& plan, const scalar_t* x, const T* weight, const Resul
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t blocks = plan.images * plan.tiles;
   const int bytes = static_cast<int>(plan.bytes);
+  // The same for all tiles: another thread may set it between here and the launch.
+  const auto allow = [&](auto kernel) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.limit)));
+  };
   with_pack<scalar_t>(plan.packs, [&](auto pack) {
     if (plan.streamed) {
       stream_kernel<scalar_t, T, pack, kBackward><<<blocks, stream_threads(plan.channels, pack), 0, stream>>>(
           plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), x, weight, results);
     } else if (plan.channels_last) {
       const auto kernel = channels_last_kernel<scalar_t, T, pack, kBackward>;
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      allow(kernel);
       kernel<<<blocks, kThreads, bytes, stream>>>(
           plan.channels, plan.area, plan.tiles, static_cast<int>(plan.width), bytes > 0, x, weight, results);
     } else {
       const auto kernel = contiguous_kernel<scalar_t, T, pack, kBackward>;
       const int columns = static_cast<int>(plan.width) / pack;
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      allow(kernel);
       kernel<<<blocks, dim3(columns, kThreads / columns), bytes, stream>>>(
           plan.channels, plan.area, plan.tiles, bytes > 0, x, weight, results);
     }

@@ -28,6 +28,7 @@ struct Options {
   int num_levels;
   int images, channels, height, width;  // height x width bins
   RoiRule rule;
+  bool channels_last;
   Level levels[kMaxLevels];
   double spatial_scales[kMaxLevels];
 };
@@ -222,7 +223,7 @@ bool in_tiles(int64_t num_rois, const Options& options, bool packs, const F& lau
   with_pack<scalar_t>(packs, [&](auto pack) {
     const int64_t bins = static_cast<int64_t>(options.height) * options.width, count = options.channels / pack;
     const int64_t bytes = (bins | 1) * pack * sizeof(scalar_t), most = std::min<int64_t>(kTileBytes / bytes, kMaxLanes);
-    fits = options.levels[0].channel == 1 && most > 0;
+    fits = options.channels_last && most > 0;
     if (fits) {
       const RoiTiles tiles(num_rois, count, most);
       launch(pack, tiles, tiles.lanes * bytes);
@@ -239,7 +240,7 @@ inline Options make_options(
   TORCH_CHECK_VALUE(num_levels <= kMaxLevels, "roi_align: at most ", kMaxLevels, " levels on CUDA, got ", num_levels);
   Options options{
       num_levels, static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), static_cast<int>(height),
-      static_cast<int>(width), rule, {}, {}};
+      static_cast<int>(width), rule, channels_last, {}, {}};
   for (int i = 0; i < num_levels; ++i) {
     options.levels[i] = make_level(sizes[1], sizes[2 + 2 * i], sizes[3 + 2 * i], channels_last);
     options.spatial_scales[i] = spatial_scales[i];
