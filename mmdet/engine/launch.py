@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,10 +20,11 @@ import torch
 import torch.distributed
 
 import mmdet
-from mmdet.utils.config import CfgOptions
+from mmdet.utils.cfg_options import CfgOptions
 from mmdet.utils.env import threads_per_process
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that comes when the parent ends
+_PARENT = 'MMDET_LAUNCHER_PID'  # in the environment of the processes that this command starts
 # Errors that tell the user all there is to know, if it is our code that raises them.
 _EXPECTED = (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError)
 
@@ -73,6 +76,8 @@ def join_processes(args: argparse.Namespace, argv: Sequence[str]) -> str | None:
         if 'TORCHELASTIC_RUN_ID' in os.environ and sys.platform == 'linux':
             # Else a killed launcher would leave its processes, which write where the next ones do.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+                sys.exit(1)  # it was killed before
         return 'pytorch'
     if args.gpus < 1:
         raise ValueError(f'--gpus {args.gpus}: at least one process is needed')
@@ -97,6 +102,7 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
     gpus = torch.cuda.device_count()
     if gpus and count > gpus:
         raise ValueError(f'{count} processes need {count} GPUs; this machine has {gpus}')
+    os.environ[_PARENT] = str(os.getpid())
     os.environ['OMP_NUM_THREADS'] = str(threads_per_process(count))  # torch.distributed.run would set 1
     logging.disable(logging.ERROR)  # its words on a failed process; the process itself has said why
     from torch.distributed import run
@@ -160,7 +166,7 @@ def run_tool(main: Callable[[Sequence[str]], None], interrupted: str = 'interrup
         if was_interrupted := _comes_from_interrupt(error):
             if 'TORCHELASTIC_RUN_ID' not in os.environ:  # else the process that started this one speaks
                 print(f'\n{interrupted}', file=sys.stderr)
-        elif _first_to_fail():
+        elif not (_lost_another(error) and 'TORCHELASTIC_RUN_ID' in os.environ) and _first_to_fail():
             line = expected_error(error)
             if line is None:
                 traceback.print_exc()
@@ -185,6 +191,12 @@ def _comes_from_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
+def _lost_another(error: BaseException) -> bool:
+    """Whether it says that another process of the job has ended, as gloo and NCCL put it."""
+    return isinstance(error, RuntimeError) and bool(
+        re.search('Connection (reset|closed) by peer|remote process exited', str(error)))
+
+
 def _first_to_fail() -> bool:
     """Whether no other process of this machine's job has failed before."""
     error_file = os.environ.get('TORCHELASTIC_ERROR_FILE')
@@ -201,11 +213,12 @@ def _first_to_fail() -> bool:
 
 def expected_error(error: BaseException) -> str | None:
     """What to tell the user about an error that is no bug; None for one that needs a traceback."""
-    # mmengine's registry raises anew what a constructor raised, with words of its own before it.
-    while str(error).startswith('class `') and error.__context__ is not None:
-        error = error.__context__
     if isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker (pid'):
         return f'{str(error).splitlines()[0]} (out of memory? give a smaller train_dataloader.num_workers)'
+    if _lost_another(error):
+        return 'another process of this job has ended'
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return f'{error.strerror}: free some where logs and checkpoints are written (--work_dir)'
     if not isinstance(error, _EXPECTED):
         return None
     worker = re.match(r'Caught \w+ in DataLoader worker', str(error))
@@ -217,3 +230,14 @@ def expected_error(error: BaseException) -> str | None:
     if raised_here or isinstance(error, (OSError, torch.OutOfMemoryError)):
         return str(error)
     return None
+
+
+@contextmanager
+def errors_of(key: str) -> Iterator[None]:
+    """Name the key of the config in what torch and mmengine say of its values; our own errors do so."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if expected_error(error):
+            raise
+        raise ValueError(f'{key}: {str(error).partition(chr(10))[0]}') from error

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import mmdet
 from mmdet import checkpoint as checkpoint_file
+from mmdet.engine.launch import errors_of
 from mmdet.engine.optimizer_state import is_state_of, lay_out_state
 from mmdet.utils.env import to_device
 
@@ -41,6 +42,7 @@ class DetectionRunner(Runner):
     changes, and adds the hooks without which a training would be wrong.
     """
 
+    param_schedulers: Any
     trust_checkpoint = False  # load also files that could run code
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +84,7 @@ class DetectionRunner(Runner):
             model.init_weights()
             backbone: Any = getattr(model, 'backbone', None)
             if getattr(backbone, 'pretrained', '') is None and not self._load_from and (
-                    backbone.frozen_stages >= 0 or backbone.norm_eval):
+                    getattr(backbone, 'frozen_stages', -1) >= 0 or getattr(backbone, 'norm_eval', False)):
                 self.logger.warning('model.backbone.pretrained=None: frozen stages and fixed norms stay '
                                     'at their random start; set frozen_stages=-1 and norm_eval=False')
         for value in model.state_dict().values():
@@ -158,17 +160,30 @@ class DetectionRunner(Runner):
                 * self.optim_wrapper._accumulative_counts)
 
     def scale_lr(self, optim_wrapper: Any, auto_scale_lr: dict[str, Any] | None = None) -> None:
-        """Multiply the learning rate by (total batch) / (batch that the config was written for)."""
+        """Multiply all learning rates by (total batch) / (batch that the config was written for)."""
         if not (auto_scale_lr and auto_scale_lr.get('enable')):
             return
         total, base = self.total_batch, auto_scale_lr['base_batch_size']
         before = optim_wrapper.optimizer.param_groups[0]['lr']
         for group in optim_wrapper.optimizer.param_groups:
             group['lr'] *= total / base
+        given = self.param_schedulers or []
+        self.param_schedulers = [_with_scaled_rates(schedule, total / base)
+                                 for schedule in ([given] if isinstance(given, dict) else given)]
         self.logger.info(
             f'Learning rate {before:g} x {total} / {base} = {before * total / base:g}: '
             f'scaled from a total batch of {base} to {total} images; '
             'switch this off with --cfg-options auto_scale_lr.enable=False')
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """mmengine's, whose errors name the key."""
+        with errors_of('optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        """mmengine's, whose errors name the key."""
+        with errors_of('param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -290,7 +305,7 @@ class DetectionRunner(Runner):
         unit, end = ('epoch', self.max_epochs) if by_epoch else ('iter', self.max_iters)
         if meta[unit] >= end:
             return (f'is at {unit} {meta[unit]} of {end}, nothing is left to train: '
-                    f'raise train_cfg.max_{unit}s')
+                    f'raise train_cfg.max_{unit}s, or evaluate it with tools/test.py')
         if not is_state_of(content['optimizer'] or {}, self.optim_wrapper.optimizer.param_groups):
             return f'has the state of another optimizer, or of other parameters: {instead}'
         schedules: list[Any] = self.param_schedulers or []
@@ -325,3 +340,10 @@ def compile_backbone_and_neck(model: nn.Module, **options: Any) -> None:
     """
     for part in ('backbone', 'neck'):
         model.get_submodule(part).compile(**options)
+
+
+def _with_scaled_rates(schedule: Any, factor: float) -> Any:
+    """A schedule's config with the learning rates in it multiplied, as a copy."""
+    if not isinstance(schedule, dict) or not str(schedule['type']).endswith('LR'):
+        return schedule
+    return schedule | {key: schedule[key] * factor for key in ('eta_min', 'eta_max') if schedule.get(key)}

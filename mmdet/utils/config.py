@@ -1,22 +1,22 @@
 """Loads a config file, with options, and refuses one that cannot mean what it says."""
 
-import argparse
 import ast
 import difflib
 import os.path as osp
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
+from mmengine.utils import import_modules_from_strings
 
 from mmdet.utils.config_check import ConfigError, check_config, closest, find_problems, report
 from mmdet.utils.config_schema import OLD_KEYS, RUNNER_KEYS
 
-__all__ = ['ConfigError', 'CfgOptions', 'check_config', 'load_config']
+__all__ = ['ConfigError', 'check_config', 'load_config']
 
 
 def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) -> Config:
@@ -39,9 +39,13 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
         _read_files(name, files)
     with _repaired_merge(), _one_line_errors(name, files):
         cfg = Config.fromfile(Path(name).expanduser())
+        for key in [key for key, value in dict.items(cfg._cfg_dict) if isinstance(value, type)]:
+            del cfg._cfg_dict[key]  # imported by the file; mmengine drops functions and modules alone
         _drop_empty_scope(cfg._cfg_dict)
         before = cfg.copy()
         cfg.merge_from_dict(options)
+        if any(key.partition('.')[0] == 'custom_imports' for key in options):
+            import_modules_from_strings(**cfg.custom_imports)  # those of the file are there
         helpers = {used for source in files.values() for used in source.used}
         lost = [problem for source in files.values() for problem in _lost_in_file(cfg, source, helpers)]
     set_names = {key.split('.')[0] for key in options}.union(*(source.assigned for source in files.values()))
@@ -51,45 +55,6 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
     for key in OLD_KEYS.keys() & cfg.keys():  # a helper, which in a dumped config would be an old key
         del cfg._cfg_dict[key]
     return cfg
-
-
-class CfgOptions(DictAction):
-    """The argparse action of ``--cfg-options a.b=c ...``: mmengine's, which says what is malformed,
-    leaves the spaces of strings in place and takes dicts: ``custom_hooks=[dict(type='EMAHook')]``."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
-        for value in values:
-            key, equals, text = value.partition('=')
-            if not (key and equals) or any(text.count(a) != text.count(b) for a, b in ('()', '[]')):
-                parser.error(f'--cfg-options: {value!r} is not of the form key.subkey=value')
-            try:
-                super().__call__(parser, namespace, [value], option_string)
-            except (SyntaxError, ValueError):
-                parser.error(f'--cfg-options: {value!r}: expected Python such as [dict(key=1)]')
-
-    @staticmethod
-    def _parse_iterable(val: str) -> Any:
-        if 'dict(' in val or '{' in val:
-            return ast.literal_eval(_DictCalls().visit(ast.parse(val.strip(), mode='eval')))
-        with suppress(SyntaxError, ValueError):  # of words without quotes
-            if val[:1] in ('(', '[') and isinstance(literal := ast.literal_eval(val), list | tuple):
-                return literal
-        bare = val.strip('\'" ')
-        if ',' in val or bare[:1] + bare[-1:] in ('()', '[]'):
-            return DictAction._parse_iterable(val)
-        return DictAction._parse_int_float_bool(val.strip('\'"'))
-
-
-class _DictCalls(ast.NodeTransformer):
-    """``dict(key=value)`` as a literal."""
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        names = [keyword.arg for keyword in node.keywords]
-        if ast.unparse(node.func) != 'dict' or node.args or None in names:
-            return node
-        return ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in node.keywords])
 
 
 @dataclass

@@ -6,10 +6,9 @@ arguments of that type; a dict whose hint is a ``TypedDict`` must have that dict
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
 from types import UnionType
 from typing import (
     Annotated,
@@ -24,15 +23,10 @@ from typing import (
     is_typeddict,
 )
 
-import mmengine.registry
-import mmengine.visualization  # noqa: F401  registers the visualizer and its backends
 from mmengine.config import Config
-from mmengine.model import MomentumAnnealingEMA
-from mmengine.runner import Runner
-from torch import nn
 
-import mmdet.registry
-from mmdet.utils.config_schema import RUNNER_KEYS, Built, too_small
+from mmdet.utils.config_schema import OLD_TYPES, RUNNER_KEYS, Built, too_small
+from mmdet.utils.config_types import arguments_of, find_type, registered_types
 
 
 class ConfigError(ValueError):
@@ -57,13 +51,8 @@ _INSIDE = {
     'VISUALIZERS': ('VISBACKENDS',),
 }
 _ANYWHERE = ('MODELS', 'TASK_UTILS', 'DATASETS', 'DATA_SAMPLERS', 'TRANSFORMS', 'METRICS', 'HOOKS')
-# Where mmengine's classes pass their **kwargs on to.
-_FORWARDED: dict[str, Callable] = {
-    'CheckpointHook': Runner.save_checkpoint, 'EMAHook': MomentumAnnealingEMA.__init__}
 _SCALARS: dict[Any, tuple[type, ...]] = {
     type(None): (type(None),), str: (str,), bool: (bool, int), int: (int,), float: (int, float)}
-# These accept more than their hints say (``loss_scale: str`` takes a number), so only names are checked.
-_LOOSE_HINTS = ('mmengine', 'mmcv', 'torch', 'torchvision')
 
 
 def check_config(cfg: Config | Mapping[str, Any], filename: str, helpers: Collection[str] = ()) -> None:
@@ -91,6 +80,8 @@ def find_problems(cfg: Config | Mapping[str, Any], helpers: Collection[str]) -> 
             problems += _check(value, RUNNER_KEYS[key], key, scope)
         elif key not in helpers and (near := closest(key, RUNNER_KEYS, 0.8)):
             problems.append(f'{key}: unknown top-level key; did you mean {near!r}?')
+    if {'type', 'by_epoch'} <= (cfg.get('train_cfg') or {}).keys():
+        problems.append('train_cfg.by_epoch: train_cfg.type says that already; give one of them')
     return [*problems, *too_small(cfg)]
 
 
@@ -208,11 +199,12 @@ def _check_built(value: Any, built: Built | None, path: str, scope: _Scope) -> I
     if kind is None:
         yield _missing_type(value, path)
         return
-    registry, target = _find(kind, registries)
+    registry, target = find_type(kind, registries)
     if target is None:
-        yield f'{path}.type: {kind!r} is not registered; {_suggest(kind, _registered(registries))}'
+        instead = OLD_TYPES.get(kind) or _suggest(kind, registered_types(registries))
+        yield f'{path}.type: {kind!r} is not registered; {instead}'
         return
-    arguments, is_open = _arguments(target)
+    arguments, is_open = arguments_of(target)
     hints = {name: hint for name, (hint, _) in arguments.items()}
     required = {name for name, (_, needed) in arguments.items() if needed}
     if built.extra:
@@ -237,7 +229,8 @@ def _check_keys(value: Mapping[str, Any], hints: Mapping[str, Any], required: Co
             yield from _check(item, hints[key], f'{path}.{key}', scope)
         elif key != '_scope_':
             missing.discard(closest(str(key), missing) or '')
-            yield f'{path}.{key}: unknown {what}; {_suggest(key, hints)}'
+            problem = f'{path}.{key}: unknown {what}; {_suggest(key, hints)}'
+            yield problem if 'did you mean' in problem else f'{problem}; _delete_=True drops what a base sets'
     for key in sorted(missing):
         yield f'{path}.{key}: missing; it is a required {what}'
 
@@ -278,69 +271,3 @@ def _alternatives(value: Any, args: Sequence[Any]) -> list[Any]:
     else:
         return []
     return fitting or [arg for arg in args if arg not in _SCALARS and get_origin(arg) is not Literal]
-
-
-def _registry(name: str) -> mmengine.registry.Registry:
-    return getattr(mmdet.registry, name, getattr(mmengine.registry, name))
-
-
-def _find(kind: Any, registries: Sequence[str]) -> tuple[str, Callable | None]:
-    if callable(kind):
-        return (registries[0] if registries else ''), kind
-    for name in registries:
-        try:
-            target = _registry(name).get(str(kind))
-        except RuntimeError:  # mmengine's answer to a name that is not registered
-            continue
-        if target is not None:
-            return name, target
-    return '', None
-
-
-def _registered(registries: Sequence[str]) -> Iterator[str]:
-    for name in registries:
-        registry: mmengine.registry.Registry | None = _registry(name)
-        while registry is not None:
-            yield from registry.module_dict
-            registry = registry.parent
-
-
-@cache
-def _arguments(target: Callable) -> tuple[dict[str, tuple[Any, bool]], bool]:
-    """The arguments of a class or function as ``name: (hint, required)``; whether it takes others too.
-
-    ``**kwargs`` of a class are followed to the next class of its MRO.
-    """
-    functions: list[Any] = [target]
-    if inspect.isclass(target):
-        bases = [base for base in target.__mro__ if base not in (nn.Module, object)]
-        functions = [vars(base)['__init__'] for base in bases if '__init__' in vars(base)]
-    forward = _FORWARDED.get(getattr(target, '__name__', ''))
-    if forward:
-        functions.append(forward)
-    arguments: dict[str, tuple[Any, bool]] = {}
-    is_open = False
-    for function in functions:
-        hints = _hints(function)
-        is_open = False
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                is_open = True
-            elif parameter.kind is not parameter.VAR_POSITIONAL and name != 'self':
-                hint = hints.get(name, Any)
-                if parameter.default is None and hint is not Any:
-                    hint = hint | None
-                needed = parameter.default is parameter.empty and function is not forward
-                arguments.setdefault(name, (hint, needed))
-        if not is_open:
-            break
-    return arguments, is_open
-
-
-def _hints(function: Any) -> dict[str, Any]:
-    if getattr(function, '__module__', '').partition('.')[0] in _LOOSE_HINTS:
-        return {}
-    try:
-        return get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # a hint that exists only for type checkers
-        return {}

@@ -179,7 +179,7 @@ RUNNER_KEYS: dict[str, Any] = {
     'custom_hooks': list[_Hook] | None,
     'visualizer': Annotated[dict, Built('VISUALIZERS', 'Visualizer')] | None,
     'log_processor': Annotated[dict, Built('LOG_PROCESSORS', 'LogProcessor')] | None,
-    'log_level': str | int,
+    'log_level': Literal['DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'] | int,
     'env_cfg': EnvironmentConfig,
     'randomness': RandomnessConfig,
     'default_scope': str | None,
@@ -212,6 +212,15 @@ OLD_KEYS: dict[str, str] = {
     'log_config': 'default_hooks.logger and visualizer',
     'dist_params': 'env_cfg.dist_cfg',
     'resume_from': '--resume_from, or resume=True with load_from',
+}
+
+# Of their pipelines: what does the same here.
+OLD_TYPES: dict[Any, str] = {
+    'Normalize': 'model.data_preprocessor does that',
+    'Pad': 'model.data_preprocessor does that',
+    'DefaultFormatBundle': 'PackDetInputs does that',
+    'ImageToTensor': 'PackDetInputs does that',
+    'Collect': 'PackDetInputs does that',
 }
 
 # Least values of numbers, whole ones where the least is, that libraries take unseen and fail on later.

@@ -64,6 +64,17 @@ def test_a_training_in_bfloat16_goes_on_in_float16() -> None:
     assert wrapper.loss_scaler.get_scale() == 8.0
 
 
+@pytest.mark.parametrize('loss_scale, before, after', [('dynamic', 2.0**16, 2.0**15), (8, 8, 8)])
+def test_a_fixed_loss_scale_stays(
+    loss_scale: str | float, before: float, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)  # float16's scaler works on the CPU as well
+    layer, wrapper = build(dtype='float16', loss_scale=loss_scale)
+    assert wrapper.loss_scaler.get_scale() == before
+    wrapper.update_params(layer(torch.full((8, 4), float('inf'))).sum())
+    assert wrapper.loss_scaler.get_scale() == after
+
+
 @pytest.mark.cuda
 def test_float16_scales_the_loss() -> None:
     _, wrapper = build('cuda')

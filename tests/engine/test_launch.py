@@ -1,15 +1,16 @@
 import argparse
+import errno
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from mmdet.engine import launch
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -150,15 +151,37 @@ def test_of_several_processes_the_first_to_fail_speaks(
     assert capsys.readouterr().err.count('error: ') == 1
 
 
-def test_what_the_registry_and_the_loader_wrap_is_unwrapped() -> None:
-    from mmdet.registry import HOOKS
+def test_a_lost_process_is_for_the_launcher_to_tell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def lose(argv: object) -> None:
+        raise RuntimeError('[gloo/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!')
 
-    with pytest.raises(TypeError):
-        HOOKS.build(dict(type='DrawHook'))
-    try:
-        HOOKS.build(dict(type='CheckpointHook', interval=1, save_begin=-1))
-    except ValueError as error:
-        assert 'class `' not in (launch.expected_error(error) or '')
+    assert status_of(lose, monkeypatch) == 1
+    assert capsys.readouterr().err == 'error: another process of this job has ended\n'
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    assert status_of(lose, monkeypatch) == 1
+    assert capsys.readouterr().err == ''
+
+
+def test_a_process_whose_launcher_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'TORCHELASTIC_RUN_ID'):
+        monkeypatch.setenv(name, '1')
+    monkeypatch.setattr(launch.ctypes, 'CDLL', lambda name: SimpleNamespace(prctl=lambda *args: 0))
+    args = argparse.Namespace(launcher='none', gpus=2)
+    monkeypatch.setenv('MMDET_LAUNCHER_PID', str(os.getppid()))
+    assert launch.join_processes(args, []) == 'pytorch'
+    monkeypatch.setenv('MMDET_LAUNCHER_PID', str(os.getpid()))
+    with pytest.raises(SystemExit):
+        launch.join_processes(args, [])
+
+
+def test_a_full_disk_without_a_name() -> None:
+    line = launch.expected_error(OSError(errno.ENOSPC, 'No space left on device'))
+    assert line == 'No space left on device: free some where logs and checkpoints are written (--work_dir)'
+
+
+def test_what_the_loader_wraps_is_unwrapped() -> None:
     worker = FileNotFoundError(
         'Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback (most '
         'recent call last):\n  File "x.py", line 1\nFileNotFoundError: a/b.jpg does not exist: x\n'
@@ -166,3 +189,11 @@ def test_what_the_registry_and_the_loader_wrap_is_unwrapped() -> None:
     assert launch.expected_error(worker) == 'a/b.jpg does not exist: x'
     killed = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. \nmore')
     assert (launch.expected_error(killed) or '').startswith('DataLoader worker (pid 7) is killed by')
+
+
+@pytest.mark.parametrize('key, value', [
+    ('param_scheduler', [dict(type='LinearLR', begin=5, end=1)]),
+    ('optim_wrapper__optimizer', dict(momentum=0, nesterov=True))])
+def test_values_that_libraries_refuse_name_the_key(toy_runner, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f'^{key.partition("__")[0]}: [^\n]+$'):
+        toy_runner('a', **{key: value}).train()

@@ -218,9 +218,13 @@ def test_the_learning_rate_follows_the_total_batch(toy_runner, caplog: pytest.Lo
     assert '--cfg-options auto_scale_lr.enable=False' in caplog.text
     assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == 0.04
 
-    runner = toy_runner('other', train_cfg__max_epochs=1, auto_scale_lr__enable=False)
-    runner.train()
-    assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == 0.16
+    cycle = dict(type='OneCycleLR', eta_max=0.32, total_steps=8, by_epoch=False)
+    for enable, factor in ((True, 2 / 16), (False, 1)):
+        runner = toy_runner(str(enable), train_cfg__max_epochs=1, auto_scale_lr__enable=enable,
+                            param_scheduler=[cycle])
+        runner.train()
+        assert runner.optim_wrapper.optimizer.param_groups[0]['max_lr'] == 0.32 * factor
+    assert cycle['eta_max'] == 0.32
 
 
 def test_weights_alone_cannot_be_resumed(toy_runner, tmp_path: Path) -> None:

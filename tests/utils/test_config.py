@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdet.utils.config import CfgOptions, ConfigError, load_config
+from mmdet.utils.cfg_options import CfgOptions
+from mmdet.utils.config import ConfigError, load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 R50 = CONFIGS / 'gcnet' / 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
@@ -57,43 +58,6 @@ def test_options_are_merged(options: list[str], get: object, expected: object) -
     assert get(cfg) == expected  # type: ignore[operator]
 
 
-@pytest.mark.parametrize('text', [
-    "[dict(type='EMAHook',momentum=0.1)]", "[{'type': 'EMAHook', 'momentum': 0.1}]",
-    "[dict(type='EMAHook', momentum=1e-1)]"])
-def test_dicts_in_options(text: str) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
-    options = parser.parse_args(['--cfg-options', f'custom_hooks={text}']).cfg_options
-    assert load_config(R50, options).custom_hooks == [dict(type='EMAHook', momentum=0.1)]
-
-
-def test_strings_in_lists_keep_their_spaces() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
-    options = parser.parse_args(
-        ['--cfg-options', "a=('hair drier','x, y')", 'b=[c,2]', 'd=(1)', 'e=1,2', 'f=/d/run 2 (old)/a[1]'])
-    assert options.cfg_options == dict(
-        a=('hair drier', 'x, y'), b=['c', 2], d=(1,), e=[1, 2], f='/d/run 2 (old)/a[1]')
-
-
-@pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', '[dict(a)]', '[dict(**{})]', '{1', 'dict(a=f())'])
-def test_malformed_dicts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
-    with pytest.raises(SystemExit):
-        parser.parse_args(['--cfg-options', f'custom_hooks={text}'])
-    assert 'custom_hooks=' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('word', ['a', '=1', 'a=(1', 'a=[1)'])
-def test_malformed_option(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions)
-    with pytest.raises(SystemExit):
-        parser.parse_args(['--cfg-options', word])
-    assert f'{word!r} is not of the form key.subkey=value' in capsys.readouterr().err
-
-
 def test_options_over_none_and_leaf_over_none(tmp_path: Path) -> None:
     base = write(
         tmp_path / 'base.py', 'optim_wrapper = dict(optimizer=dict(type="SGD", lr=1.), clip_grad=None)'
@@ -123,6 +87,30 @@ val_dataloader = dict(dataset=dict(
     )
     dataset = load_config(leaf).val_dataloader.dataset
     assert '_scope_' not in dataset.filter_cfg and not any('_scope_' in step for step in dataset.pipeline)
+
+
+def test_classes_that_a_file_imports_are_no_values(tmp_path: Path) -> None:
+    leaf = write(tmp_path / 'leaf.py', f"""_base_ = {str(R50)!r}
+from pathlib import Path
+work_dir = str(Path('a') / 'b')
+""")
+    cfg = load_config(leaf)
+    assert cfg.work_dir == 'a/b' and 'Path' not in cfg
+    assert "work_dir = 'a/b'" in cfg.pretty_text
+
+
+def test_imports_by_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / 'mine.py', """from mmengine.hooks import Hook
+from mmdet.registry import HOOKS
+@HOOKS.register_module(name='HookOfAnOption')
+class MyHook(Hook):
+    pass
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {'custom_imports.imports': 'mine', 'custom_hooks': [dict(type='HookOfAnOption')]}
+    assert load_config(R50, options).custom_hooks[0].type == 'HookOfAnOption'
+    text = message(R50, {'custom_imports.imports': ['no_such_module']})
+    assert text == "ImportError: Failed to import no_such_module"
 
 
 # A leaf over configs/_base_: what it redefines, and what that leads to.

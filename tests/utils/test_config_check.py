@@ -108,7 +108,8 @@ def test_schema_knows_every_key_of_the_runner() -> None:
         (dict(type='ToyPart', depth=1, norm='BN'), ["model.norm: expected a dict or None, got 'BN'"]),
         (
             dict(type='ToyPart', depth=1, zzz=1),
-            ['model.zzz: unknown argument of ToyPart; known: depth, names, norm, ratio'],
+            ['model.zzz: unknown argument of ToyPart; known: depth, names, norm, ratio; '
+             '_delete_=True drops what a base sets'],
         ),
         (dict(type='ToyChild', depth=1, extra=1), []),
         (
@@ -157,6 +158,16 @@ def test_arguments_of_a_model(model: object, expected: list[str]) -> None:
 )
 def test_nested_dicts(keys: dict, expected: str | None) -> None:
     assert problems(model=toy(**keys)) == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize('kind, instead', [
+    ('RandomResize', "did you mean 'RandomChoiceResize'?"),
+    ('Normalize', 'model.data_preprocessor does that')])
+def test_transforms_of_mmcv_would_leave_boxes_as_they_are(kind: str, instead: str) -> None:
+    pipeline = [dict(type=kind), dict(type='RandomApply', transforms=[dict(type='RandomFlip')])]
+    found = problems(train_dataloader=dict(dataset=dict(type='CocoDataset', ann_file='a', pipeline=pipeline)))
+    assert found == [
+        f'train_dataloader.dataset.pipeline[0].type: {kind!r} is not registered; {instead}']
 
 
 def test_all_problems_are_reported() -> None:

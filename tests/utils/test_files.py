@@ -15,6 +15,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     replace_file(path, lambda file: file.write(b'first'))
     with pytest.raises(OSError, match=r'No space left on device: .*a\.txt'):
         replace_file(path, fail)
-    assert path.read_bytes() == b'first'
+    assert path.read_bytes() == b'first' and list(tmp_path.iterdir()) == [path]
     replace_file(path, lambda file: file.write(b'second'))
     assert path.read_bytes() == b'second' and list(tmp_path.iterdir()) == [path]
