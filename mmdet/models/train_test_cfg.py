@@ -25,8 +25,8 @@ class RPNTrainConfig(TypedDict, total=False):
 class ProposalConfig(TypedDict):
     """Which boxes of the RPN become proposals.
 
-    The best ``nms_pre`` of each level, larger than ``min_bbox_size`` pixels, compete in each level's
-    NMS; the best ``max_per_img`` of all levels stay (-1: all).
+    The best ``nms_pre`` of each level (-1: all), larger than ``min_bbox_size`` pixels, compete in each
+    level's NMS; the best ``max_per_img`` of all levels stay (-1: all).
     """
 
     nms_pre: int

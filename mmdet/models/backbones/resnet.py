@@ -141,6 +141,18 @@ def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
     return norm_relu(norm, conv(x), relu=False)
 
 
+class Stage(nn.Sequential):
+    """The blocks of one resolution; ``with_cp`` has each computed once more in the backward pass."""
+
+    with_cp = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H_in, W_in) to (N, C_out, H, W), which for hooks are in PyTorch's layout."""
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
+        return dense(x) if self._forward_hooks else x
+
+
 def _max_pool(x: Tensor) -> Tensor:
     """3x3 max pooling with stride 2 of (N, C, H, W)."""
     if x.requires_grad or x.is_cuda:
@@ -194,7 +206,7 @@ class ResNet(nn.Module):
         dcn: deformable 3x3 convolutions, in the stages of ``stage_with_dcn``; None for none.
         stage_with_dcn: for c2, c3, c4, c5.
         groups, base_width: groups of the 3x3 convolutions, and channels a group in c2.
-        out_indices: which of c2 .. c5 (0 .. 3) are returned.
+        out_indices: which of c2 .. c5 (0 .. 3) are returned; later stages are neither run nor trained.
         style: 'pytorch' has the stride in the 3x3 convolution, 'caffe' in the 1x1 before it.
         zero_init_residual: start each residual branch at zero.
         with_cp: keep but the input of each block for the backward pass and compute the block once more
@@ -229,6 +241,8 @@ class ResNet(nn.Module):
         dcn_stages = _checked_stages('dcn', dcn, stage_with_dcn)
         if not -1 <= frozen_stages <= 4:
             raise ValueError(f'backbone.frozen_stages={frozen_stages}: from -1 (none) to 4 (c5)')
+        if not out_indices or not set(out_indices) <= {0, 1, 2, 3}:
+            raise ValueError(f'backbone.out_indices={out_indices}: give some of 0 .. 3, for c2 .. c5')
         norm_cfg = norm_cfg or NormConfig(type='BN')
         block, num_blocks = ARCHITECTURES[depth]
         if block is BasicBlock and (groups > 1 or dcn or style == 'caffe'):
@@ -237,7 +251,6 @@ class ResNet(nn.Module):
             raise ValueError('backbone.with_cp=True needs norm_eval=True: the blocks run twice, and would '
                              'count each batch twice in the running statistics')
         self.norm_eval = norm_eval
-        self.with_cp = with_cp
         self.frozen_stages = frozen_stages
         self.out_indices = out_indices
         self.pretrained = pretrained
@@ -264,10 +277,12 @@ class ResNet(nn.Module):
                 else:
                     blocks.append(BasicBlock(channels, planes, stride, norm_cfg, stage_gcb))
                 channels = planes * block.expansion
-            self.add_module(f'layer{i + 1}', nn.Sequential(*blocks))
+            stage = Stage(*blocks)
+            stage.with_cp = with_cp
+            self.add_module(f'layer{i + 1}', stage)
         self._init_weights(zero_init_residual)
-        for stage in self._frozen():
-            stage.requires_grad_(False)
+        for module in [*self._frozen(), *self._stages()[max(out_indices) + 1:]]:
+            module.requires_grad_(False)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         for name, module in self.named_modules():
@@ -297,8 +312,7 @@ class ResNet(nn.Module):
         """Images (N, 3, H, W) to c2 .. c5, (N, C_i, H / stride_i, W / stride_i), strides 4 .. 32."""
         x = _max_pool(norm_relu(self.bn1, self.conv1(x)))
         outputs = []
-        for stage in self._stages():
-            for block in stage:
-                x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
+        for stage in self._stages()[:max(self.out_indices) + 1]:
+            x = stage(x)
             outputs.append(dense(x))
         return [outputs[i] for i in self.out_indices]

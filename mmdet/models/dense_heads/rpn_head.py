@@ -146,7 +146,10 @@ class RPNHead(nn.Module):
         image = torch.arange(len(samples), device=logits[0].device)
         for level, level_logits in enumerate(logits):
             # Ranked by logit: the sigmoid of large logits ties in float32.
-            best, index = level_logits[..., 0].topk(min(cfg['nms_pre'], level_logits.shape[1]))
+            number = level_logits.shape[1]
+            if cfg['nms_pre'] > 0:
+                number = min(number, cfg['nms_pre'])
+            best, index = level_logits[..., 0].topk(number)
             anchors.append(level_anchors[level][index])
             best_deltas.append(deltas[level].take_along_dim(index[..., None], dim=1))
             scores.append(best)

@@ -4,6 +4,7 @@ What happens to a batch of images: ``data_preprocessor`` -> ``backbone`` -> ``ne
 (proposals) -> ``roi_head`` (boxes, classes, masks). ``N`` images.
 """
 
+from itertools import product
 from typing import Any
 
 from mmengine.model import BaseModel
@@ -13,6 +14,17 @@ from mmdet.checkpoint import load_pretrained_backbone
 from mmdet.models.train_test_cfg import TestConfig, TrainConfig
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
+
+# What a part takes, what gives it, and how many times that it is.
+_FITS = (
+    ('rpn_head.in_channels', 'neck.out_channels', 1),
+    ('roi_head.bbox_roi_extractor.out_channels', 'neck.out_channels', 1),
+    ('roi_head.mask_roi_extractor.out_channels', 'neck.out_channels', 1),
+    ('roi_head.bbox_head.in_channels', 'roi_head.bbox_roi_extractor.out_channels', 1),
+    ('roi_head.mask_head.in_channels', 'roi_head.mask_roi_extractor.out_channels', 1),
+    ('roi_head.bbox_head.roi_feat_size', 'roi_head.bbox_roi_extractor.roi_layer.output_size', 1),
+    ('train_cfg.rcnn.mask_size', 'roi_head.mask_roi_extractor.roi_layer.output_size', 2),
+)
 
 
 @MODELS.register_module(name=['FasterRCNN', 'MaskRCNN', 'CascadeRCNN'])
@@ -36,6 +48,7 @@ class TwoStageDetector(BaseModel):
         test_cfg: TestConfig,
     ) -> None:
         super().__init__(data_preprocessor=MODELS.build(data_preprocessor))
+        _check_fit(dict(neck=neck, rpn_head=rpn_head, roi_head=roi_head, train_cfg=train_cfg))
         self.backbone = MODELS.build(backbone)
         self.neck = MODELS.build(neck)
         self.rpn_head = MODELS.build(dict(rpn_head, train_cfg=train_cfg['rpn']))
@@ -44,9 +57,15 @@ class TwoStageDetector(BaseModel):
         self.test_proposal_cfg = test_cfg['rpn']
 
     def init_weights(self) -> None:
-        """Load the backbone's ``pretrained`` weights; everything else was set when it was built."""
-        if self.backbone.pretrained is not None:
-            load_pretrained_backbone(self.backbone, self.backbone.pretrained)
+        """Load the backbone's ``pretrained`` weights; everything else was set when it was built.
+
+        A backbone of another kind has an ``init_weights`` of its own, or none.
+        """
+        pretrained = getattr(self.backbone, 'pretrained', None)
+        if pretrained is not None:
+            load_pretrained_backbone(self.backbone, pretrained)
+        elif hasattr(self.backbone, 'init_weights'):
+            self.backbone.init_weights()
 
     def extract_features(self, inputs: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to the pyramid's levels (N, C, H / stride_i, W / stride_i)."""
@@ -78,3 +97,24 @@ class TwoStageDetector(BaseModel):
                 dict(img_id=s.img_id, img_path=s.img_path, ori_shape=s.ori_shape, **result)
                 for s, result in zip(data_samples, results)]
         raise ValueError(f"mode={mode!r}: take 'loss', 'predict' or 'tensor'")
+
+
+def _check_fit(parts: dict[str, Any]) -> None:
+    """Raise ValueError where a part's config does not fit another's: neither can see that alone."""
+    if parts['roi_head'].get('mask_head') and not parts['roi_head'].get('mask_roi_extractor'):
+        raise ValueError('model.roi_head.mask_head needs a model.roi_head.mask_roi_extractor')
+    for name, source, factor in _FITS:
+        for taken, given in product(_values(parts, name), _values(parts, source)):
+            if taken != factor * given:
+                raise ValueError(f'model.{name}={taken} does not fit model.{source}={given}; '
+                                 f'it must be {factor * given}')
+
+
+def _values(part: Any, path: str) -> list[Any]:
+    """What a config has at a.b.c, once for each stage where a part is a list; [] without it."""
+    if isinstance(part, list | tuple):
+        return [value for stage in part for value in _values(stage, path)]
+    if not path:
+        return [part]
+    key, _, rest = path.partition('.')
+    return _values(part[key], rest) if part and part.get(key) is not None else []

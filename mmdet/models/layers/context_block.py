@@ -57,6 +57,8 @@ def build_context_block(cfg: ContextBlockConfig, channels: int) -> nn.Module:
     if int(channels * ratio) < 1:
         raise ValueError(
             f'gcb.ratio={ratio} leaves none of {channels} channels; take at least {1 / channels:.4g}')
+    if ratio > 1:
+        raise ValueError(f'gcb.ratio={ratio} is a share of the channels: give one up to 1, such as 1 / 16')
     if kind == 'NL':
         return NonLocal(channels, ratio)
     if kind == 'SNL':

@@ -34,6 +34,7 @@ class FPN(nn.Module):
         if num_outs < len(in_channels):
             raise ValueError(
                 f'neck.num_outs={num_outs} is less than the levels of neck.in_channels={in_channels}')
+        self.in_channels = list(in_channels)
         self.num_outs = num_outs
         self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1, norm_cfg) for c in in_channels)
         self.fpn_convs = nn.ModuleList(
@@ -44,7 +45,10 @@ class FPN(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """Levels (N, in_channels[i], H_i, W_i), fine to coarse, to (N, out_channels, H_i, W_i)."""
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
+        channels = [x.shape[1] for x in inputs]
+        if channels != self.in_channels:
+            raise ValueError(f'neck.in_channels={self.in_channels}: the backbone gives {channels}')
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs)]
         for i in range(len(laterals) - 1, 0, -1):
             laterals[i - 1] += _upsample(laterals[i], laterals[i - 1].shape[2:])
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals)]

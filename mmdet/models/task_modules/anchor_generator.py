@@ -27,6 +27,9 @@ class AnchorGenerator:
     """
 
     def __init__(self, strides: Sequence[int], ratios: Sequence[float], scales: Sequence[float]) -> None:
+        for name, values in dict(strides=strides, ratios=ratios, scales=scales).items():
+            if not values or min(values) <= 0:
+                raise ValueError(f'anchor_generator.{name}={values}: give one positive number or more')
         self.strides = strides
         self.ratios = ratios
         self.scales = scales

@@ -32,6 +32,8 @@ class MaxIoUAssigner:
         match_low_quality: bool = True,
         ignore_iof_thr: float = -1,
     ) -> None:
+        if neg_iou_thr > pos_iou_thr:
+            raise ValueError(f'MaxIoUAssigner: neg_iou_thr={neg_iou_thr} exceeds pos_iou_thr={pos_iou_thr}')
         self.pos_iou_thr = pos_iou_thr
         self.neg_iou_thr = neg_iou_thr
         self.min_pos_iou = min_pos_iou

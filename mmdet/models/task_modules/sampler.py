@@ -47,6 +47,9 @@ class RandomSampler:
         neg_pos_ub: float = -1,
         add_gt_as_proposals: bool = False,
     ) -> None:
+        if num < 1 or not 0 <= pos_fraction <= 1:
+            raise ValueError(f'RandomSampler: num={num} must be 1 or more, pos_fraction={pos_fraction} '
+                             'lie in [0, 1]')
         self.num = num
         self.pos_fraction = pos_fraction
         self.neg_pos_ub = neg_pos_ub

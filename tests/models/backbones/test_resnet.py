@@ -58,6 +58,31 @@ def test_output_levels() -> None:
     assert [tuple(f.shape) for f in features] == [(1, 128, 8, 12), (1, 512, 2, 3)]
 
 
+@pytest.mark.parametrize('gradients', [True, False])
+def test_hooks_of_stages_get_plain_maps(gradients: bool) -> None:
+    model, maps = ResNet(18).eval(), []
+    for stage in (model.layer1, model.layer4):
+        stage.register_forward_hook(lambda module, args, output: maps.append(output))
+    with torch.set_grad_enabled(gradients):
+        features = model(torch.randn(1, 3, 64, 96))
+    assert len(maps) == 2 and torch.equal(maps[0], features[0]) and torch.equal(maps[1], features[3])
+    assert not any(x.is_mkldnn for x in maps)
+
+
+def test_stages_behind_the_last_level_are_not_trained() -> None:
+    """DDP waits for the gradient of each parameter that is."""
+    model = ResNet(18, out_indices=(2, 1))
+    sum(f.sum() for f in model(torch.randn(1, 3, 64, 96))).backward()
+    assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is None} == {'layer4'}
+    assert not any(p.requires_grad for p in model.layer4.parameters())
+
+
+@pytest.mark.parametrize('indices', [(), (0, 4), (-1,)])
+def test_levels_that_do_not_exist(indices: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r'backbone\.out_indices'):
+        ResNet(18, out_indices=indices)
+
+
 @pytest.mark.parametrize('norm, norm_eval, training, evaluating', [
     ('BN', True, 0, 53), ('SyncBN', False, 42, 11)])
 def test_norms_that_train(norm: str, norm_eval: bool, training: int, evaluating: int) -> None:
@@ -189,7 +214,9 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     model = ResNet(18, frozen_stages=1, **GCB).double().train()
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     found, kept = [], []
-    for model.with_cp in (False, True):
+    for with_cp in (False, True):
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            stage.with_cp = with_cp
         model.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             kept.clear()

@@ -16,17 +16,16 @@ STRIDES = [4, 8]
 CODER = BoxCoder((1., 1., 1., 1.))
 
 
-def make_head(num: int = EVERYTHING, allowed_border: int = -1, **loss_bbox: object) -> RPNHead:
+def make_head(num: int = EVERYTHING, **train_cfg: float) -> RPNHead:
     return RPNHead(
         in_channels=4, feat_channels=24,
         anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0, 2.0], strides=STRIDES),
         bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),
-        loss_bbox=dict(type='L1Loss') | loss_bbox,
+        loss_bbox=dict(type='L1Loss'),
         train_cfg=dict(
             assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3),
-            sampler=dict(type='RandomSampler', num=num, pos_fraction=0.5),
-            allowed_border=allowed_border))
+            sampler=dict(type='RandomSampler', num=num, pos_fraction=0.5), **train_cfg))
 
 
 def make_features(images: int = 2) -> list[Tensor]:
@@ -47,9 +46,9 @@ def flat_outputs(head: RPNHead, features: list[Tensor]) -> tuple[list[Tensor], l
     return logits, deltas
 
 
-@pytest.mark.parametrize('border', [-1, 0])
-def test_losses_written_out(make_sample: Callable, border: int) -> None:
-    head = make_head(allowed_border=border).double()
+@pytest.mark.parametrize('border', [None, 0, 4])
+def test_losses_written_out(make_sample: Callable, border: int | None) -> None:
+    head = (make_head() if border is None else make_head(allowed_border=border)).double()
     features = [level.double().requires_grad_() for level in make_features()]
     samples = [make_sample([[10, 10, 40, 30], [50, 20, 80, 60]]),
                make_sample([[5, 5, 30, 40]], shape=(50, 61))]
@@ -65,9 +64,9 @@ def test_losses_written_out(make_sample: Callable, border: int) -> None:
     total = 0
     for i, sample in enumerate(samples):
         used = valid[i]
-        if border == 0:
-            h, w = sample.img_shape
-            used = used & torch.tensor([x1 >= 0 and y1 >= 0 and x2 < w and y2 < h
+        if border is not None:
+            h, w = (side + border for side in sample.img_shape)
+            used = used & torch.tensor([x1 >= -border and y1 >= -border and x2 < w and y2 < h
                                         for x1, y1, x2, y2 in anchors.tolist()])
         assigned = torch.full((len(anchors),), -2)
         assigned[used] = MaxIoUAssigner(0.7, 0.3, 0.3).assign(
@@ -107,9 +106,13 @@ def test_the_sampler_decides_how_many_anchors_count(make_sample: Callable) -> No
     _, losses = head.loss(features, [make_sample([[10, 10, 40, 30]])], PROPOSALS)
     # Every logit is 0: each of the 16 costs ln 2.
     assert losses['loss_rpn_cls'].item() == pytest.approx(0.6931472)
+    # Where there is no positive, one is counted all the same.
+    _, losses = head.loss(features, [make_sample([])], PROPOSALS)
+    assert losses['loss_rpn_cls'].item() == pytest.approx(0.6931472 * 16 / 17)
 
 
-@pytest.mark.parametrize('nms_pre, max_per_img, min_size', [(50, 60, 0), (10000, 10000, 0), (200, 20, 12)])
+@pytest.mark.parametrize('nms_pre, max_per_img, min_size', [
+    (50, 60, 0), (10000, 10000, 0), (200, 20, 12), (-1, 60, 0)])
 def test_proposals_written_out(make_sample: Callable, nms_pre: int, max_per_img: int, min_size: int) -> None:
     head, features = make_head().double(), [f.double() for f in make_features()]
     torch.nn.init.normal_(head.rpn_cls.weight, std=3)
@@ -121,7 +124,7 @@ def test_proposals_written_out(make_sample: Callable, nms_pre: int, max_per_img:
     for i, (sample, found) in enumerate(zip(samples, head.predict(features, samples, cfg), strict=True)):
         boxes, scores = [], []
         for level in range(2):
-            order = logits[level][i].argsort(descending=True)[:nms_pre]
+            order = logits[level][i].argsort(descending=True)[:nms_pre if nms_pre > 0 else None]
             decoded = CODER.decode_single(deltas[level][i, order], anchors[level][order])
             decoded = torchvision.ops.clip_boxes_to_image(decoded, sample.img_shape)
             score = logits[level][i, order]
@@ -152,6 +155,16 @@ def test_images_without_objects(make_sample: Callable, boxes: tuple) -> None:
     assert (losses['loss_rpn_bbox'] == 0) == (not any(boxes)) and losses['loss_rpn_cls'] > 0
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+@torch.no_grad()
+def test_what_is_ranked_and_compared_is_float32_in_mixed_precision(make_sample: Callable) -> None:
+    head, features = make_head(), make_features(1)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert head(features)[0][0].dtype == torch.bfloat16
+        found, = head.predict(features, [make_sample([])], PROPOSALS)
+        logits, deltas = head._forward_at(features, torch.tensor([0]), torch.tensor([5]))
+    assert {x.dtype for x in (found.boxes, found.scores, logits, deltas)} == {torch.float32}
 
 
 def test_initial_weights() -> None:

@@ -119,6 +119,38 @@ def test_every_name_is_the_same_class() -> None:
     assert MODELS.get('MaskRCNN') is MODELS.get('FasterRCNN') is TwoStageDetector
 
 
+@pytest.mark.parametrize('changes, message', [
+    (('neck.out_channels', 8),
+     'rpn_head.in_channels=16 does not fit model.neck.out_channels=8; it must be 8'),
+    (('roi_head.bbox_roi_extractor.out_channels', 8),
+     'roi_head.bbox_roi_extractor.out_channels=8 does not fit model.neck.out_channels=16; it must be 16'),
+    (('roi_head.bbox_head.in_channels', 8), 'roi_head.bbox_head.in_channels=8 does not fit'),
+    (('roi_head.bbox_head.roi_feat_size', 14),
+     'roi_head.bbox_head.roi_feat_size=14 does not fit '
+     'model.roi_head.bbox_roi_extractor.roi_layer.output_size=7'),
+    (('roi_head.mask_roi_extractor.roi_layer.output_size', 7),
+     'train_cfg.rcnn.mask_size=28 does not fit model.roi_head.mask_roi_extractor.roi_layer.output_size=7; '
+     'it must be 14'),
+    (('roi_head.mask_roi_extractor', None), 'roi_head.mask_head needs a model.roi_head.mask_roi_extractor'),
+])
+def test_parts_that_do_not_fit(build: Callable, changes: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=f'model.{message}'):
+        build(*changes)
+
+
+def test_a_backbone_of_another_kind_starts_as_it_says(build: Callable) -> None:
+    class Plain(torch.nn.Module):
+        def init_weights(self) -> None:
+            self.started = True
+
+    model = build()
+    model.backbone = Plain()
+    model.init_weights()
+    assert model.backbone.started
+    model.backbone = torch.nn.Identity()
+    model.init_weights()
+
+
 def test_init_weights_loads_the_backbone(build: Callable, tmp_path) -> None:
     donor = build()
     torch.nn.init.normal_(donor.backbone.conv1.weight)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet.models.layers.context_block import ContextBlock, build_context_block
-from mmdet.models.layers.conv import AVAILABLE, blocked, dense
+from mmdet.models.layers.conv import blocked, dense
 from mmdet.models.layers.norm import build_norm
 
 
@@ -79,7 +79,7 @@ def test_a_norm_before_it(norm: dict, training: bool, pooling: str, fusion: str)
         rtol=0, atol=1e-11)
 
 
-@pytest.mark.skipif(not AVAILABLE, reason='no x86 CPU with AVX2, or no oneDNN')
+@pytest.mark.onednn
 @pytest.mark.parametrize('images', [1, 2])
 @pytest.mark.parametrize('folded', [False, True])
 @pytest.mark.parametrize('pooling', ['att', 'avg'])
@@ -133,6 +133,7 @@ def test_names_and_shapes() -> None:
 
 @pytest.mark.parametrize('options, message', [
     (dict(ratio=1 / 64), r'gcb.ratio=0.015625 leaves none of 16 channels; take at least 0.0625'),
+    (dict(ratio=16), 'gcb.ratio=16 is a share of the channels: give one up to 1, such as 1 / 16'),
     (dict(ratio=1 / 4, pooling_type='max'), r"gcb.pooling_type='max' is unknown; take 'att' or 'avg'"),
     (dict(ratio=1 / 4, fusion_types=['add']), r"gcb.fusion_types=\['add'\]: take 'channel_add'"),
     (dict(ratio=1 / 4, fusion_types=[]), r'gcb.fusion_types=\[\]: take'),

@@ -10,13 +10,12 @@ from torch.utils._pytree import tree_flatten
 
 from mmdet.models.backbones.resnet import ResNet
 from mmdet.models.dense_heads.rpn_head import RPNHead
-from mmdet.models.layers.conv import AVAILABLE, ConvModule, blocked, dense
+from mmdet.models.layers.conv import ConvModule, blocked, dense
 from mmdet.models.layers.norm import NormConfig, fold_batch_norms
 from mmdet.models.roi_heads.bbox_head import ConvFCBBoxHead
 from mmdet.models.roi_heads.mask_head import FCNMaskHead
 
 GCB: dict[str, Any] = dict(ratio=1 / 4)
-needs_blocks = pytest.mark.skipif(not AVAILABLE, reason='no x86 CPU with AVX2, or no oneDNN')
 
 
 @pytest.mark.parametrize('relu', [True, False])
@@ -44,7 +43,7 @@ def test_half_of_a_relus_variance_is_made_good() -> None:
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
 
 
-@needs_blocks
+@pytest.mark.onednn
 @torch.no_grad()
 def test_there_and_back() -> None:
     x = torch.randn(2, 5, 3, 4)
@@ -53,7 +52,7 @@ def test_there_and_back() -> None:
     assert torch.equal(dense(there), x)
 
 
-@needs_blocks
+@pytest.mark.onednn
 def test_left_dense() -> None:
     x = torch.randn(2, 5, 3, 4)
     assert blocked(x) is x  # gradients may be wanted
@@ -85,7 +84,7 @@ def count_blocked(module: nn.Module, x: Tensor | list[Tensor], monkeypatch: pyte
     return number
 
 
-@needs_blocks
+@pytest.mark.onednn
 @pytest.mark.parametrize('options, chains', [
     (dict(depth=50), 1),
     (dict(depth=18), 1),
@@ -113,7 +112,7 @@ def test_backbone(
     assert all(map.requires_grad and not map.is_mkldnn for map in features)
 
 
-@needs_blocks
+@pytest.mark.onednn
 @pytest.mark.parametrize('options, chains', [
     (dict(gcb=GCB), 1),
     (dict(gcb=GCB | dict(fusion_types=('channel_mul',), pooling_type='avg')), 1),
@@ -133,13 +132,13 @@ def test_one_image_stays_in_blocks_behind_a_context_block(
     assert count_blocked(net.eval(), torch.rand(1, 3, 64, 96), monkeypatch) == chains
 
 
-@needs_blocks
+@pytest.mark.onednn
 def test_without_onednn_maps_are_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert count_blocked(ResNet(18).eval(), torch.rand(1, 3, 64, 96), monkeypatch) == 0
 
 
-@needs_blocks
+@pytest.mark.onednn
 def test_trained_batch_norm_needs_dense_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     net = ResNet(18, norm_eval=False, norm_cfg=dict(type='BN', momentum=0)).train()
     assert count_blocked(net, torch.rand(2, 3, 64, 96), monkeypatch) == 0
@@ -150,7 +149,7 @@ PARTS: dict[str, Any] = dict(
     loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True))
 
 
-@needs_blocks
+@pytest.mark.onednn
 def test_rpn_head(monkeypatch: pytest.MonkeyPatch) -> None:
     head = RPNHead(
         16, 32, dict(type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8]), **PARTS,
@@ -159,7 +158,7 @@ def test_rpn_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_blocked(head, [torch.randn(2, 16, 8, 12), torch.randn(2, 16, 4, 6)], monkeypatch) == 2
 
 
-@needs_blocks
+@pytest.mark.onednn
 @pytest.mark.parametrize('norm', [None, dict(type='GN', num_groups=4)])
 @pytest.mark.parametrize('convs', [0, 2])
 def test_roi_heads(convs: int, norm: NormConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,3 +53,10 @@ def test_initial_weights() -> None:
 def test_too_few_outputs() -> None:
     with pytest.raises(ValueError, match='neck.num_outs=1 is less than the levels of neck.in_channels='):
         FPN([4, 8], 6, num_outs=1)
+
+
+@pytest.mark.parametrize('given', [[4, 16], [4], [4, 8, 8]])
+def test_another_backbones_levels(given: list[int]) -> None:
+    with pytest.raises(ValueError) as error:
+        FPN([4, 8], 6, num_outs=2)([torch.randn(1, c, 4, 4) for c in given])
+    assert str(error.value) == f'neck.in_channels=[4, 8]: the backbone gives {given}'

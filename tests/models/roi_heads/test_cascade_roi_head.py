@@ -37,6 +37,7 @@ def head() -> Any:
             ('in_channels', 8), ('fc_out_channels', 16), ('num_classes', 5))}
     cfg = legacy_2019(load_config(CONFIG, {f'model.roi_head.{key}': value for key, value in parts.items()}))
     model = cfg.model
+    del model.train_cfg.rcnn[0]['mask_size']  # 28 by default
     head = MODELS.build(dict(model.roi_head, train_cfg=model.train_cfg.rcnn, test_cfg=model.test_cfg.rcnn))
     for name, parameter in head.named_parameters():
         if 'fc_cls' in name or 'fc_reg' in name:

@@ -48,6 +48,8 @@ def test_loss_and_probabilities() -> None:
     expected = F.binary_cross_entropy_with_logits(logits[:, 0], targets.float())
     torch.testing.assert_close(make_head().loss(logits, targets)['loss_mask'], expected)
     torch.testing.assert_close(make_head().predict(logits), logits[:, 0].sigmoid())
+    half = logits.bfloat16()  # as under autocast
+    torch.testing.assert_close(make_head().predict(half), half[:, 0].float().sigmoid())
 
 
 def test_no_objects() -> None:

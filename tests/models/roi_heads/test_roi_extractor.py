@@ -8,8 +8,10 @@ from mmdet.models.roi_heads.roi_extractor import SingleRoIExtractor
 STRIDES = [4, 8, 16, 32]
 
 
-def make(sampling_ratio: int = 0, **options: int) -> SingleRoIExtractor:
-    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=sampling_ratio)
+def make(sampling_ratio: int | None = None, **options: int) -> SingleRoIExtractor:
+    layer = dict(type='RoIAlign', output_size=7)
+    if sampling_ratio is not None:
+        layer['sampling_ratio'] = sampling_ratio
     return SingleRoIExtractor(layer, out_channels=3, featmap_strides=STRIDES, **options)
 
 
@@ -47,8 +49,8 @@ def test_a_rounding_error_below_a_level_counts_as_reaching_it() -> None:
     assert levels_of(make(2), rois) == expected.tolist() != exact.tolist()
 
 
-@pytest.mark.parametrize('sampling_ratio', [0, 2])
-def test_each_roi_is_torchvisions_on_its_level(sampling_ratio: int) -> None:
+@pytest.mark.parametrize('sampling_ratio', [None, 0, 2])
+def test_each_roi_is_torchvisions_on_its_level(sampling_ratio: int | None) -> None:
     features = [torch.randn(2, 3, 256 // s, 320 // s).double().requires_grad_() for s in STRIDES]
     corner = torch.rand(30, 2, dtype=torch.float64) * 150
     size = 2 ** (torch.rand(30, 2, dtype=torch.float64) * 6 + 3)
@@ -60,7 +62,7 @@ def test_each_roi_is_torchvisions_on_its_level(sampling_ratio: int) -> None:
         scale = ((roi[3] - roi[1]) * (roi[4] - roi[2])).item() ** 0.5
         level = sum(scale >= bound for bound in (32, 64, 128))
         expected.append(torchvision.ops.roi_align(
-            features[level], roi[None], 7, 1 / STRIDES[level], sampling_ratio, aligned=True))
+            features[level], roi[None], 7, 1 / STRIDES[level], sampling_ratio or 0, aligned=True))
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-12)
     weight = torch.randn_like(found)
     torch.testing.assert_close(

@@ -77,11 +77,12 @@ def test_detections_are_in_pixels_of_the_original(make_sample: Callable) -> None
         assert rois.tolist() == [[0, 8, 8, 36, 36], [1, 8, 8, 36, 36]]
         return rois
 
-    test_cfg = dict(mask_thr_binary=0.5)
-    first, second = results_of([], detections, samples, extractor, [Head(0.5), Head(0.75)], test_cfg)
+    heads: list = [Head(0.5), Head(0.75)]
+    first, second = results_of([], detections, samples, extractor, heads, dict(mask_thr_binary=0.5))
     assert first['boxes'].tolist() == [[16, 4, 72, 18]] and second['boxes'].tolist() == [[8, 8, 36, 36]]
     # The mean is 1 on the left half and 0.5 on the next quarter of 56 pixels; the edge is mixed.
     mask = coco_mask.decode(first['masks'][0])
     assert mask.shape == (32, 192) and (mask[4:18, 17:57] == 1).all() and mask[:, 59:].sum() == 0
     assert second['masks'][0]['size'] == [64, 96]
-    assert 'masks' not in results_of([], detections, samples, None, [], test_cfg)[0]
+    assert results_of([], detections, samples, extractor, heads, {})[0]['masks'] == first['masks']
+    assert 'masks' not in results_of([], detections, samples, None, [], {})[0]

@@ -1,9 +1,12 @@
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import Tensor
 
+from mmdet.registry import MODELS
 from mmdet.structures.boxes import Proposals
 
 BOX = [[8., 8., 40., 40.]]
@@ -53,6 +56,13 @@ def test_images_without_proposals_have_no_detections(
         assert (len(result['boxes']) > 0) == (number > 0)
         assert len(result['boxes']) == len(result['scores']) == len(result['labels']) == len(result['masks'])
         assert result['boxes'].shape[1:] == (4,) and result['labels'].dtype == torch.int64
+
+
+def test_mask_targets_fit_the_mask_head_by_default(small_cfg: Config, make_sample: Callable) -> None:
+    cfg = deepcopy(small_cfg.model)
+    del cfg.train_cfg.rcnn['mask_size']
+    losses = MODELS.build(cfg).roi_head.loss(features(1), proposals(20), [make_sample(BOX)])
+    assert losses['loss_mask'] > 0
 
 
 def test_the_mask_branch_sees_positives_alone(build: Callable, make_sample: Callable) -> None:

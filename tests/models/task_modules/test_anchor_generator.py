@@ -51,3 +51,11 @@ def test_valid_flags_by_hand() -> None:
 def test_levels_must_fit_the_strides() -> None:
     with pytest.raises(ValueError, match=r'anchor_generator.strides=\[4, 8\] does not fit 1 levels'):
         AnchorGenerator([4, 8], [1.0], [8]).grid_anchors([torch.zeros(1, 1, 2, 2)], torch.float32)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(strides=[0, 8]), dict(ratios=[0.0]), dict(scales=[-4]), dict(scales=[])])
+def test_values_that_cannot_be(changes: dict) -> None:
+    name, = changes
+    with pytest.raises(ValueError, match=rf'anchor_generator\.{name}='):
+        AnchorGenerator(**dict(strides=[4, 8], ratios=[1.0], scales=[8]) | changes)

@@ -86,9 +86,16 @@ def test_ignored_regions_shield_negatives_alone_and_only_if_asked() -> None:
     boxes = torch.tensor([[0., 0., 10., 10.],  # positive, inside the crowd
                           [20., 20., 30., 30.],  # negative, inside the crowd
                           [30., 30., 50., 50.],  # negative, a quarter inside
-                          [60., 60., 70., 70.]])  # negative, outside
-    assert MaxIoUAssigner(**RCNN).assign(boxes, gts, crowd).tolist() == [0] + [BACKGROUND] * 3
+                          [60., 60., 70., 70.],  # negative, outside
+                          [30., 0., 50., 10.]])  # negative, half inside: not more than the threshold
+    for cfg in (RCNN, RCNN | dict(ignore_iof_thr=0)):
+        assert MaxIoUAssigner(**cfg).assign(boxes, gts, crowd).tolist() == [0] + [BACKGROUND] * 4
     shielding = MaxIoUAssigner(**RCNN, ignore_iof_thr=0.5)
-    assert shielding.assign(boxes, gts, crowd).tolist() == [0, IGNORED, BACKGROUND, BACKGROUND]
-    assert shielding.assign(boxes, NONE, crowd).tolist() == [IGNORED] * 2 + [BACKGROUND] * 2
-    assert shielding.assign(boxes, gts, NONE).tolist() == [0] + [BACKGROUND] * 3
+    assert shielding.assign(boxes, gts, crowd).tolist() == [0, IGNORED] + [BACKGROUND] * 3
+    assert shielding.assign(boxes, NONE, crowd).tolist() == [IGNORED] * 2 + [BACKGROUND] * 3
+    assert shielding.assign(boxes, gts, NONE).tolist() == [0] + [BACKGROUND] * 4
+
+
+def test_thresholds_that_cross() -> None:
+    with pytest.raises(ValueError, match=r'neg_iou_thr=0\.6 exceeds pos_iou_thr=0\.5'):
+        MaxIoUAssigner(pos_iou_thr=0.5, neg_iou_thr=0.6)

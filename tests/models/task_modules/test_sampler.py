@@ -62,3 +62,10 @@ def test_a_seed_means_the_same_choice() -> None:
     torch.manual_seed(3)
     assert torch.equal(first, random_choice(100, 10))
     assert not torch.equal(first, random_choice(100, 10))
+
+
+@pytest.mark.parametrize('options', [
+    dict(num=0, pos_fraction=0.5), dict(num=8, pos_fraction=2.0), dict(num=8, pos_fraction=-0.1)])
+def test_values_that_cannot_be(options: dict) -> None:
+    with pytest.raises(ValueError, match=r'^RandomSampler: num='):
+        RandomSampler(**options)
