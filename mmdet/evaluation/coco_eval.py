@@ -6,7 +6,9 @@ in place of the box.
 """
 
 import io
+import math
 from contextlib import redirect_stdout
+from numbers import Real
 from typing import Any, NamedTuple
 
 import hotcoco
@@ -74,9 +76,10 @@ def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: li
     for annotation in content['annotations']:
         if annotation['image_id'] in wanted_images and annotation['category_id'] in wanted_categories:
             box, area = annotation.get('bbox', []), annotation.get('area')
-            if len(box) != 4 or not np.isfinite(box).all():
+            numbers = [*box, *([] if area is None else [area])]
+            if len(box) != 4 or not all(isinstance(n, Real) and math.isfinite(n) for n in numbers):
                 raise ValueError(f'annotation {annotation.get("id")} of image {annotation["image_id"]} '
-                                 f'has no valid bbox [x, y, w, h]: {box}')
+                                 f'has no valid bbox [x, y, w, h] or area: {box}, {area}')
             annotations.append(dict(
                 id=len(annotations) + 1,
                 image_id=annotation['image_id'],

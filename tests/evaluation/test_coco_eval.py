@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from mmdet.evaluation.coco_eval import (
@@ -19,16 +18,6 @@ from mmdet.evaluation.coco_eval import (
 )
 from mmdet.structures.masks import segmentation_to_rle
 from mmdet.utils.coco_file import read_annotation_file
-
-
-def pycocotools_stats(ann_file, result_file, iou_type):
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(ann_file))
-        evaluator = COCOeval(truth, truth.loadRes(str(result_file)), iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats
 
 
 def test_summary_lines_are_those_of_pycocotools():
@@ -85,7 +74,7 @@ def perfect(content):
 
 @pytest.mark.shared('coco128')
 @pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
-def test_both_backends_equal_pycocotools_to_the_bit(shared_dir, tmp_path, iou_type):
+def test_both_backends_equal_pycocotools_to_the_bit(shared_dir, tmp_path, pycocotools_stats, iou_type):
     ann_file = shared_dir / 'coco128/annotations/instances_train2017.json'
     content = read_annotation_file(ann_file)
     records = noisy_records(content, np.random.default_rng(0))[iou_type]
@@ -132,7 +121,7 @@ def test_what_other_tools_write_into_a_file_does_not_matter(small, backend):
 
 
 @pytest.mark.parametrize('backend', ['hotcoco', 'pycocotools'])
-def test_annotation_id_zero_counts(small, backend, tmp_path):
+def test_annotation_id_zero_counts(small, backend, tmp_path, pycocotools_stats):
     """pycocotools takes "matched to id 0" for "not matched"; the number must be that of other ids."""
     records = perfect(small)
     for annotation in small['annotations']:
@@ -195,9 +184,11 @@ def test_unknown_ids_are_errors(small):
         select_ground_truth(small, [1], [8])
 
 
-@pytest.mark.parametrize('box', [[0, 0, float('nan'), 5], [1, 2], []])
-def test_invalid_boxes_are_errors(small, box):
-    small['annotations'][1]['bbox'] = box
+@pytest.mark.parametrize('wrong', [
+    dict(bbox=[0, 0, float('nan'), 5]), dict(bbox=[1, 2]), dict(bbox=[]), dict(bbox=['0', 0, 5, 5]),
+    dict(area=float('nan')), dict(area='25')])
+def test_invalid_boxes_are_errors(small, wrong):
+    small['annotations'][1] |= wrong
     with pytest.raises(ValueError, match='annotation 2 of image 1 has no valid bbox'):
         select_ground_truth(small, [1, 2], [3, 5])
 
@@ -231,6 +222,7 @@ def test_count_matches_ignores_the_class_and_crowds(small):
     truth = select_ground_truth(small, [1, 2], [3, 5])
     assert count_matches(truth, records, 'bbox') == 2
     assert count_matches(truth, records[:1], 'bbox') == 1
-    assert count_matches(truth, [dict(records[0], bbox=[50, 10, 40, 40])], 'bbox') == 0
+    for width, matches in ((20, 1), (19.9, 0)):  # of 40: an IoU of 0.5 is enough
+        assert count_matches(truth, [dict(records[0], bbox=[10, 10, width, 40])], 'bbox') == matches
     mask = segmentation_to_rle(small['annotations'][0]['segmentation'], 100, 120)
     assert count_matches(truth, [dict(records[0], segmentation=mask)], 'segm') == 1

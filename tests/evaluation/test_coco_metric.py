@@ -1,6 +1,5 @@
 """CocoMetric: the files it writes, the numbers it returns, what it says about bad results."""
 
-import contextlib
 import io
 import json
 import logging
@@ -18,8 +17,6 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from mmdet.evaluation import CocoMetric, coco_metric
 from mmdet.evaluation.coco_metric import check_annotations, interleave, to_records
@@ -37,7 +34,7 @@ def rle(x, y, side):
 
 
 def write_annotations(path, n_images=5):
-    """Image 10 * i holds a cat, and a dog where i is even."""
+    """Image 10 * i holds a cat, and a dog where i is even; the last one a crowd of dogs as well."""
     annotations = []
     for i in range(n_images):
         for category, (x, y, side) in [(3, (10, 10, 40)), (5, (60, 50 - i, 30))][:2 - i % 2]:
@@ -45,6 +42,7 @@ def write_annotations(path, n_images=5):
             annotations.append(dict(
                 id=len(annotations) + 1, image_id=10 * i, category_id=category, bbox=[x, y, side, side],
                 area=side * side, iscrowd=0, segmentation=segmentation))
+    annotations.append(dict(annotations[-1], id=len(annotations) + 1, iscrowd=1))
     path.write_text(json.dumps(dict(
         images=[dict(id=10 * i, file_name=f'{i}.jpg', height=100, width=120) for i in range(n_images)],
         categories=[dict(id=3, name='cat'), dict(id=5, name='dog')],
@@ -92,18 +90,8 @@ def log():
     logger.removeHandler(handler)
 
 
-def pycocotools_stats(ann_file, result_file, iou_type):
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(ann_file))
-        evaluator = COCOeval(truth, truth.loadRes(str(result_file)), iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats
-
-
 @pytest.mark.parametrize('backend', ['hotcoco', 'pycocotools'])
-def test_numbers_equal_pycocotools_on_the_written_json(ann_file, tmp_path, backend, log):
+def test_numbers_equal_pycocotools_on_the_written_json(ann_file, tmp_path, pycocotools_stats, backend, log):
     metric = build(ann_file, eval_backend=backend, outfile_prefix=str(tmp_path / 'new' / 'r'))
     numbers = evaluate(metric, [prediction(i) for i in range(5)])
     assert len(numbers) == 24 and 0.3 < numbers['coco/bbox_mAP'] < 0.99
@@ -321,6 +309,9 @@ def empty(item):
     (empty, '0 detections. Likely cause: an untrained'),
     (lambda p: p | dict(labels=1 - p['labels']),
      '15 detections with scores from 0.000 to 0.900, 8 ground truths matched at IoU >= 0.5 when the class '
+     'is ignored. Likely cause: class mix-up'),
+    (lambda p: p | dict(labels=1 - p['labels'], boxes=p['boxes'] * (1 if p['img_id'] < 20 else 3)),
+     '15 detections with scores from 0.000 to 0.900, 3 ground truths matched at IoU >= 0.5 when the class '
      'is ignored. Likely cause: class mix-up'),
     (lambda p: p | dict(boxes=p['boxes'] * 3),
      '15 detections with scores from 0.000 to 0.900, 0 ground truths matched at IoU >= 0.5 when the class '
