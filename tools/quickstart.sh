@@ -15,13 +15,15 @@ data=data/synthetic
 work_dir=work_dirs/quickstart
 # On the CPU, two processes of half the batch lose less time to cores that are busy than one with more threads.
 processes=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
+batch=$((8 / processes))
 
 say "drawing the data set"
 python tools/make_synthetic.py "$data"
 
 say "training: $config"
 start=$SECONDS
-tools/dist_train.sh "$config" "$processes" --validate --seed 0 --work_dir "$work_dir"
+tools/dist_train.sh "$config" "$processes" --validate --seed 0 --work_dir "$work_dir" \
+    --cfg-options train_dataloader.batch_size="$batch"
 minutes=$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")
 checkpoint=$(ls -t "$work_dir"/epoch_*.pth | head -n1)
 log=$(ls -t "$work_dir"/*/*.log | head -n1)

@@ -15,6 +15,10 @@ from mmengine.visualization import Visualizer
 from mmdet.engine.launch import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the tools take from the environment: that of a test is its own, also inside a job.
+TAKEN = {'OMP_NUM_THREADS', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE',
+         'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT',
+         'GPUS', 'GPUS_PER_NODE', 'CPUS_PER_TASK', 'SRUN_ARGS', 'PY_ARGS'}
 
 
 @pytest.fixture
@@ -23,7 +27,7 @@ def run_toy(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(tool: str, *arguments: object, **env: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(ROOT / 'tests' / 'engine'), str(ROOT), os.environ.get('PYTHONPATH', '')])
-        clean = {key: value for key, value in os.environ.items() if key not in ('OMP_NUM_THREADS', 'NNODES')}
+        clean = {key: value for key, value in os.environ.items() if key not in TAKEN}
         program = [sys.executable, '-W', 'error::FutureWarning'] if tool.endswith('.py') else []
         return subprocess.run(
             [*program, str(ROOT / tool), *map(str, arguments)],

@@ -106,6 +106,7 @@ def test_a_killed_process_ends_the_job(run_toy) -> None:
     done = run_toy('tools/dist_train.sh', TOY, 2, TOY_KILL_RANK='1', **ON_CPU)
     assert done.returncode != 0
     assert 'error: process 1 was ended by signal 9 (out of memory?)' in done.stderr.splitlines()
+    assert 'Traceback' not in done.stderr
 
 
 def test_the_scripts_say_how_they_are_used(run_toy) -> None:
@@ -155,37 +156,33 @@ def test_ctrl_c_leaves_whole_checkpoints(tmp_path: Path) -> None:
         torch.load(file, weights_only=True)
 
 
-def test_srun_gets_the_arguments(run_toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize('tool, words, env, job, command', [
+    ('train', 'c.py w 4', dict(SRUN_ARGS='--time=1 --qos=x'),
+     '--gres=gpu:4 --ntasks=4 --ntasks-per-node=4 --cpus-per-task=5 --kill-on-bad-exit=1 --time=1 --qos=x',
+     'c.py --work_dir w --launcher slurm --validate'),
+    ('train', 'c.py w --cfg-options a=b', dict(GPUS='16', GPUS_PER_NODE='4', CPUS_PER_TASK='3'),
+     '--gres=gpu:4 --ntasks=16 --ntasks-per-node=4 --cpus-per-task=3 --kill-on-bad-exit=1',
+     'c.py --work_dir w --launcher slurm --validate --cfg-options a=b'),
+    ('train', 'c.py w 16 --seed 5', dict(GPUS='4', PY_ARGS=''),
+     '--gres=gpu:8 --ntasks=16 --ntasks-per-node=8 --cpus-per-task=5 --kill-on-bad-exit=1',
+     'c.py --work_dir w --launcher slurm --seed 5'),
+    ('test', 'c.py e.pth --out r.pkl', dict(SRUN_ARGS='--time=1 --qos=x'),
+     '--gres=gpu:8 --ntasks=8 --ntasks-per-node=8 --cpus-per-task=5 --kill-on-bad-exit=1 --time=1 --qos=x',
+     'c.py e.pth --launcher slurm --out r.pkl'),
+    ('test', 'c.py e.pth', dict(GPUS='2', CPUS_PER_TASK='3'),
+     '--gres=gpu:2 --ntasks=2 --ntasks-per-node=2 --cpus-per-task=3 --kill-on-bad-exit=1',
+     'c.py e.pth --launcher slurm'),
+    ('test', 'c.py e.pth', dict(GPUS='16', GPUS_PER_NODE='4'),
+     '--gres=gpu:4 --ntasks=16 --ntasks-per-node=4 --cpus-per-task=5 --kill-on-bad-exit=1',
+     'c.py e.pth --launcher slurm'),
+])
+def test_srun_gets_the_arguments(
+    run_toy, tmp_path: Path, tool: str, words: str, env: dict[str, str], job: str, command: str
+) -> None:
     (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / 'srun').chmod(0o755)
-    done = run_toy(
-        'tools/slurm_train.sh',
-        'gpu',
-        'job',
-        'c.py',
-        'w',
-        '4',
-        PATH=f'{tmp_path}:{os.environ["PATH"]}',
-        SRUN_ARGS='--time=1 --qos=x',
-        PYTHON='py',
-    )
-    assert done.stdout.split() == [
-        '--partition=gpu',
-        '--job-name=job',
-        '--gres=gpu:4',
-        '--ntasks=4',
-        '--ntasks-per-node=4',
-        '--cpus-per-task=5',
-        '--kill-on-bad-exit=1',
-        '--time=1',
-        '--qos=x',
-        'py',
-        '-u',
-        str(ROOT / 'tools' / 'train.py'),
-        'c.py',
-        '--work_dir',
-        'w',
-        '--launcher',
-        'slurm',
-        '--validate',
-    ]
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    done = run_toy(f'tools/slurm_{tool}.sh', 'gpu', 'job', *words.split(), PATH=path, PYTHON='py', **env)
+    assert done.stdout.splitlines() == [
+        '--partition=gpu', '--job-name=job', *job.split(),
+        'py', '-u', str(ROOT / 'tools' / f'{tool}.py'), *command.split()]
