@@ -1,7 +1,8 @@
 """Marks and fixtures of all tests, and the rule that no test is left out unseen.
 
 A test is skipped by its mark alone, when it is collected: `slow` without --slow, `cuda` without a GPU,
-`shared` without its folder. Where `CI=true`, any other skip (pytest.skip, importorskip) is a failure.
+`onednn` without oneDNN's blocks, `shared` without its folder. Where `CI=true`, any other skip (pytest.skip,
+importorskip) is a failure.
 """
 import os
 import random
@@ -27,6 +28,10 @@ def reason_to_skip(item: pytest.Item) -> str | None:
         return 'slow, runs with --slow'
     if item.get_closest_marker('cuda') and not torch.cuda.is_available():
         return 'needs a GPU'
+    if item.get_closest_marker('onednn'):
+        from mmdet.models.layers.conv import AVAILABLE  # takes seconds, unless a test had it
+        if not AVAILABLE:
+            return 'needs an x86 CPU with AVX2, and oneDNN'
     for mark in item.iter_markers('shared'):
         for name in mark.args or ('',):
             if not (SHARED / name).is_dir():

@@ -51,7 +51,7 @@ MODEL_PARTS = {
 # Test files that hold something else than one file of the package.
 GENERAL_TESTS = {
     'test_architecture', 'test_checkpoint_formats', 'test_configs', 'test_conftest', 'test_end_to_end',
-    'test_install', 'test_quickstart',
+    'test_defaults', 'test_install',
 }
 
 MODULES = sorted(PACKAGE.rglob('*.py'))

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -134,6 +135,15 @@ def test_numbers_of_numpy_and_bytes_are_harmless(tmp_path: Path, write: Callable
     assert torch.equal(loaded['state_dict']['w'], STATE['w'])
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'e.pth').write_bytes(as_zip(dict(state_dict=STATE), 2))
+    monkeypatch.setattr(torch, 'load', Mock(side_effect=PermissionError(13, 'Permission denied')))
+    with pytest.raises(PermissionError, match='Permission denied$'):
+        ckpt.load_file(tmp_path / 'e.pth')
+
+
 def test_what_is_allowed_is_allowed_for_one_file(tmp_path: Path) -> None:
     (tmp_path / 'e.pth').write_bytes(as_legacy(dict(state_dict=STATE, meta=dict(a=np.arange(2))), 2))
     before = set(torch.serialization.get_safe_globals())
@@ -232,7 +242,6 @@ def test_open_mmlab_names_are_resolved_by_mmengine(
 
 
 def test_safetensors_keep_weights_and_meta(tmp_path: Path) -> None:
-    pytest.importorskip('safetensors')
     meta = dict(epoch=12, legacy_2019=True, dataset_meta=dict(classes=('a', 'b')), raw=b'x')
     state = dict(w=torch.arange(6.0).view(2, 3).t(), n=torch.tensor(3), half=torch.ones(2).half())
     ckpt.save_checkpoint(dict(state_dict=state, meta=meta), path := tmp_path / 'e.safetensors')

@@ -28,6 +28,9 @@ def test_random_state(repeat):
     torch.set_num_threads(3)
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == EXPECTED
 
+@pytest.mark.onednn
+def test_onednn(): raise AssertionError
+
 def test_device(device): torch.zeros(1, device=device)
 
 def test_leaves_itself_out(): pytest.skip('no reason')
@@ -44,13 +47,15 @@ def test_only_marks_leave_tests_out(ci: str, slow: str, counts: dict[str, int], 
     (tmp_path / 'conftest.py').write_text(Path(__file__).with_name('conftest.py').read_text())
     (tmp_path / 'test_it.py').write_text(TESTS.replace('EXPECTED', FIRST_DRAWS))
     command = [sys.executable, '-m', 'pytest', '-rs', '-p', 'no:cacheprovider', *slow.split(), str(tmp_path)]
-    env = os.environ | {'CI': ci, 'GCNET_SHARED': str(tmp_path), 'CUDA_VISIBLE_DEVICES': ''}
+    env = os.environ | {'CI': ci, 'GCNET_SHARED': str(tmp_path), 'CUDA_VISIBLE_DEVICES': '',
+                        'ATEN_CPU_CAPABILITY': 'default'}  # neither GPU nor AVX2
     out = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path).stdout
     last = out.splitlines()[-1]
     assert f'{counts["passed"]} passed' in last
     assert (f'{counts["failed"]} failed' in last) == (counts['failed'] > 0)
     assert ('slow, runs with --slow' in out) == (not slow)
-    assert f'{tmp_path / "elsewhere"} is not there' in out and 'needs a GPU' in out
+    assert f'{tmp_path / "elsewhere"} is not there' in out
+    assert 'needs a GPU' in out and 'needs an x86 CPU' in out
     assert ('skipped for a reason that no mark announces' in out) == (ci == 'true')
 
 

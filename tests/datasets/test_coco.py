@@ -80,17 +80,18 @@ def test_unusable_annotations_are_left_out_and_counted(make_coco, monkeypatch):
         dict(area=0),
         dict(bbox=[50, 5, 9, 9]),
         dict(bbox=[5, -9, 9, 9]),
+        dict(bbox=[50 - 1e-4, 5, 9, 9]),
         dict(ignore=1),
         dict(category_id=9),
-        dict(bbox=[45, 35, 20, 20]),
+        dict(bbox=[49.5, 35, 20, 20]),
         dict(iscrowd=1)])
     args['metainfo'] = dict(classes=['dog', 'cat'])
     info = CocoDataset(**args).get_data_info(0)
     assert [(o['bbox'], o['bbox_label'], o['ignore_flag']) for o in info['instances']] == [
-        ([45, 35, 65, 55], 1, 0), ([2, 3, 12, 11], 1, 1)]
+        ([49.5, 35, 69.5, 55], 1, 0), ([2, 3, 12, 11], 1, 1)]
     assert len(lines) == 1 and lines[0].endswith(
         "3 images, 1 objects, 1 crowd regions; annotations left out: 1 marked 'ignore', "
-        '1 of other categories, 3 of zero area or below 1 pixel, 2 outside the image')
+        '1 of other categories, 3 of zero area or below 1 pixel, 3 outside the image')
 
 
 def test_filter(make_coco):
@@ -121,6 +122,13 @@ def test_annotations_without_an_object_are_nothing_to_train_on(make_coco, change
     with pytest.raises(ValueError, match='ann.json: no object to train on is left in 2 images'):
         CocoDataset(**args, filter_cfg=dict(filter_empty_gt=True))
     assert len(CocoDataset(**args)) == len(CocoDataset(**args, test_mode=True)) == 3
+
+
+def test_a_crowd_needs_no_segmentation(make_coco):
+    args = make_coco([{}, dict(iscrowd=1, segmentation=None)])
+    dataset = CocoDataset(**args, pipeline=[dict(type='LoadAnnotations', with_mask=True)])
+    assert [('mask' in o, o['ignore_flag']) for o in dataset.get_data_info(0)['instances']] == [
+        (True, 0), (False, 1)]
 
 
 def test_positions_outside_the_data_set_are_an_error(make_coco):

@@ -207,7 +207,7 @@ def test_bias_has_no_gradient(device):
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_gradcheck(device, layout):
+def test_gradcheck(device, block, layout):
     maps = [torch.randn(2, 3, 4, 5).contiguous(memory_format=layout) for _ in range(2)]
     x, weight, bias, scale, shift, identity = (part.double().to(device).requires_grad_() for part in (
         maps[0], torch.randn(3), torch.randn(1), torch.randn(2, 3), torch.randn(2, 3), maps[1]))
@@ -317,13 +317,8 @@ def test_opcheck(device, dtype, requires_grad):
             torch.library.opcheck(ops.context_fuse_backward.default, (x, *args))
 
 
-def block(x: Tensor, weight: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
-    context, x = context_pool(x, weight, bias)
-    return context_fuse(x, context.sigmoid(), context.relu(), identity, relu=True)
-
-
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_compile_and_export(device, layout):
+def test_compile_and_export(device, block, layout):
     class Block(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
             return block(x, weight, bias, identity)

@@ -1,9 +1,11 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor
 
-from mmdet.structures.boxes import box_area, box_iof, box_iou, boxes_to_rois, clip_boxes
+from mmdet.structures.boxes import box_area, box_iof, box_iou, boxes_to_rois, clip_boxes, per_image
 
 
 def random_boxes(number: int) -> Tensor:
@@ -27,6 +29,12 @@ def test_iou_and_iof_by_hand() -> None:
     torch.testing.assert_close(box_iof(b, a), torch.tensor([[0.25, 0.25]]))
 
 
+@pytest.mark.parametrize('overlap', [box_iou, box_iof])
+def test_a_box_below_a_pixel_overlaps_itself_wholly(overlap: Callable) -> None:
+    box = torch.tensor([[3., 3., 3.5, 3.5]])
+    assert overlap(box, box).item() == 1
+
+
 def test_boxes_that_touch_do_not_overlap() -> None:
     assert box_iou(torch.tensor([[0., 0., 1., 1.]]), torch.tensor([[1., 0., 2., 1.]])).item() == 0
 
@@ -48,6 +56,13 @@ def test_clip_is_torchvisions() -> None:
     torch.testing.assert_close(
         clip_boxes(boxes, (70, 90)), torchvision.ops.clip_boxes_to_image(boxes, (70, 90)), rtol=0, atol=0)
     assert clip_boxes(boxes.view(5, 10, 4), (70, 90)).shape == (5, 10, 4)
+
+
+@pytest.mark.parametrize('most, expected', [
+    (-1, [[7, 5, 3], [], [6, 4]]), (2, [[7, 5], [], [6, 4]]), (0, [[], [], []])])
+def test_the_first_of_each_image(most: int, expected: list[list[int]]) -> None:
+    keep, images = torch.tensor([7, 6, 5, 4, 3]), torch.tensor([0, 2, 0, 2, 0])
+    assert [kept.tolist() for kept in per_image(keep, images, 3, most)] == expected
 
 
 def test_rois_carry_the_image() -> None:

@@ -116,6 +116,13 @@ def test_what_pycocotools_writes_is_no_problem(shape: tuple[int, int]) -> None:
         assert coco_mask.frPyObjects(dict(size=list(shape), counts=runs), *shape) == rle
 
 
+@pytest.mark.parametrize('x, far', [
+    (100_000, False), (-100_000, False), (1e9, True), (-1e9, True), (float('nan'), True)])
+def test_outlines_that_pycocotools_would_have_no_memory_for(x: float, far: bool) -> None:
+    assert segmentation_problem([[x, 0, 5, 1, 5, 5]], 10, 10) == (
+        'has a polygon with a coordinate that is NaN or beyond 100000 pixels' if far else '')
+
+
 @pytest.mark.parametrize('counts', [
     [3, 4], [3000], [-3, 2003], [2000.0], ['2000'], 7, None, '', b'', '!', 'a', 'P' * 9 + '1', '1' * 3000])
 def test_counts_that_pycocotools_would_not_end_on(counts: object) -> None:

@@ -1,20 +1,16 @@
-import sys
 from pathlib import Path
 from typing import Any
 
+import compare_golden as tool
 import pytest
 import torch
+from comparison import Comparison
 from torch import nn
 
 from mmdet.registry import MODELS
 from mmdet.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))  # as for a script: its neighbours are modules
-import compare_golden as tool  # noqa: E402
-from comparison import Comparison  # noqa: E402
-
-sys.path.remove(str(ROOT / 'tools'))
 
 
 @pytest.mark.shared('published_keys')

@@ -1,4 +1,3 @@
-import importlib
 import json
 import shutil
 import subprocess
@@ -6,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compare_reference as tool
 import numpy as np
 import pytest
 import torch
@@ -16,10 +16,6 @@ from mmdet.engine.launch import run_tool
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r50_fpn_1x.py'
 GCB = ROOT / 'configs' / 'gcnet' / 'mask_rcnn_r4_gcb_c3-c5_r50_fpn_1x.py'
-
-sys.path.insert(0, str(ROOT / 'tools'))  # as for a script: its neighbours are modules
-tool = importlib.import_module('compare_reference')
-sys.path.remove(str(ROOT / 'tools'))
 
 
 @pytest.fixture

@@ -9,11 +9,6 @@ from mmdet.ops import context_fuse, context_pool, context_transform
 SIZES = [(2, 6), (4, 6), (4,), (4,), (4,), (6, 4), (6,)]  # of the transform's inputs
 
 
-def block(x: Tensor, weight: Tensor, bias: Tensor, identity: Tensor) -> Tensor:
-    context, x = context_pool(x, weight, bias)
-    return context_fuse(x, context.sigmoid(), context.relu(), identity, relu=True)
-
-
 def block_arguments(device: torch.device) -> list[Tensor]:
     return [torch.randn(size, device=device) for size in ((2, 3, 4, 5), (3,), (1,), (2, 3, 4, 5))]
 
@@ -43,7 +38,7 @@ def test_one_input_of_the_fusion(device, scaled, shifted, added, relu):
     assert_each_alone(lambda *args: context_fuse(*args, relu=relu), given)
 
 
-def test_one_input_of_pooling_and_transform(device):
+def test_one_input_of_pooling_and_transform(device, block):
     assert_each_alone(block, block_arguments(device))
     assert_each_alone(context_transform, [torch.randn(size, device=device) for size in SIZES])
 
@@ -60,7 +55,7 @@ class Cut(torch.autograd.Function):
         return None
 
 
-def test_no_gradient_comes_in(device):
+def test_no_gradient_comes_in(device, block):
     for op, given in (
             (block, block_arguments(device)),
             (lambda *args: context_pool(*args)[0], block_arguments(device)[:3]),
@@ -96,7 +91,7 @@ def test_no_derivative_in_forward_mode(device):
 
 
 @pytest.mark.parametrize('enabled', [False, True])
-def test_nothing_is_kept_without_need(device, enabled):
+def test_nothing_is_kept_without_need(device, block, enabled):
     kept = []
     args = [arg.requires_grad_(not enabled) for arg in block_arguments(device)]
     transform = [torch.randn(size, device=device, requires_grad=not enabled) for size in SIZES]
@@ -115,7 +110,7 @@ def test_weight_of_a_convolution(device):
 
 
 @pytest.mark.parametrize('reentrant', [False, True])
-def test_checkpoint(device, reentrant):
+def test_checkpoint(device, block, reentrant):
     args = [arg.requires_grad_() for arg in block_arguments(device)]
     expected = torch.autograd.grad(block(*args).square().sum(), args)
     checkpoint(block, *args, use_reentrant=reentrant).square().sum().backward()
