@@ -124,15 +124,24 @@ def _without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_classes(meta: dict[str, Any]) -> dict[str, Any]:
     """``meta`` with the names of the classes where mmdetection 3.x has them: ``dataset_meta['classes']``."""
-    names = meta.get('CLASSES')
-    if names is None:
-        names = (meta.get('dataset_meta') or {}).get('CLASSES')
-    if names is None or isinstance(names, str):
-        return meta
+    dataset = meta.get('dataset_meta')
+    dataset = dict(dataset) if isinstance(dataset, Mapping) else {}
+    given = [meta.get('CLASSES'), dataset.pop('CLASSES', None), dataset.pop('classes', None)]
+    names = next((names for names in map(_class_names, given) if names), ())
     if meta.get('legacy_2019'):
-        names = [name.replace('_', ' ') for name in names]  # COCO's own names have spaces
-    others = {key: value for key, value in (meta.get('dataset_meta') or {}).items() if key != 'CLASSES'}
-    return meta | dict(dataset_meta=others | dict(classes=tuple(names)))
+        names = tuple(name.replace('_', ' ') for name in names)  # COCO's own names have spaces
+    if names:
+        dataset['classes'] = names
+    return meta | dict(dataset_meta=dataset) if dataset or 'dataset_meta' in meta else meta
+
+
+def _class_names(value: Any) -> tuple[str, ...]:
+    """The names that a file holds in whatever form; a single one may be a plain string."""
+    if isinstance(value, str | bytes):
+        value = [value]
+    if not isinstance(value, Iterable):
+        return ()
+    return tuple(name.decode(errors='replace') if isinstance(name, bytes) else str(name) for name in value)
 
 
 def check_classes(meta: Mapping[str, Any], classes: Sequence[str], source: str) -> None:
@@ -197,7 +206,8 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> None:
     """Start ``backbone`` from classification weights.
 
     Args:
-        backbone: has torchvision's ResNet names, without ``fc``; its context blocks keep their own start.
+        backbone: has torchvision's ResNet names, without ``fc``; its context blocks keep their own start. Of
+            a classifier or detector of OpenMMLab what is under ``backbone.`` counts.
         source: ``torchvision://resnet50`` (the IMAGENET1K_V1 weights), ``open-mmlab://resnext101_32x4d``, an
             https address or the path of a file.
 
@@ -210,8 +220,14 @@ def load_pretrained_backbone(backbone: nn.Module, source: str) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}, or start from random weights with '
                                 '--cfg-options model.backbone.pretrained=None') from None
-    weights = {name: value for name, value in weights.items() if not name.startswith('fc.')}
+    if any(name.startswith('backbone.') for name in weights):
+        weights = {name.removeprefix('backbone.'): value
+                   for name, value in weights.items() if name.startswith('backbone.')}
+    # Caffe's convolutions have biases, which are zeros where a norm follows.
+    own = backbone.state_dict()
+    weights = {name: value for name, value in weights.items() if not name.startswith('fc.')
+               and not (name.endswith('.bias') and name not in own and not value.any())}
     # DCN and GC layers are not in a classification network.
-    weights |= {name: value for name, value in backbone.state_dict().items()
+    weights |= {name: value for name, value in own.items()
                 if name not in weights and ('context_block.' in name or 'conv_offset.' in name)}
     load_weights(backbone, weights, source)

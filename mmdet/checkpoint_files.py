@@ -76,8 +76,7 @@ def read_file(path: Path, map_location: str | torch.device = 'cpu', trust: bool 
         ValueError: it is empty, cut off, no checkpoint, or holds something besides plain types and tensors
             (with ``trust`` that is loaded, and may run code).
     """
-    if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} {"is a folder" if path.is_dir() else "does not exist"}')
+    require_file(path)
     try:
         if path.suffix == '.safetensors':
             return _read_safetensors(path, map_location)
@@ -106,6 +105,12 @@ def read_file(path: Path, map_location: str | torch.device = 'cpu', trust: bool 
         return {'state_dict': loaded}
     raise ValueError(f'{path} is not a checkpoint: it holds a {type(loaded).__name__} without a state_dict '
                      'of tensors')
+
+
+def require_file(path: Path) -> None:
+    """Raise FileNotFoundError if a checkpoint is no file."""
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} {"is a folder" if path.is_dir() else "does not exist"}')
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -166,7 +171,10 @@ def _safetensors() -> types.ModuleType:
 
 def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
     with _safetensors().safe_open(path, 'pt', device=str(map_location)) as file:
-        meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+        try:
+            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+        except ValueError:  # of another program
+            meta = {}
         return dict(meta=meta, state_dict={name: file.get_tensor(name) for name in file.keys()})
 
 
@@ -233,7 +241,11 @@ def _openmmlab_url(source: str, name: str) -> str:
 
 
 def _fetch(url: str, trust_cache: bool = True) -> Path:
-    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    try:
+        name = PurePosixPath(unquote(urlsplit(url).path)).name
+        url.encode('ascii')
+    except ValueError as error:
+        raise ValueError(f'{url} is no address: {error}') from None
     if not name:
         raise ValueError(f'{url} names no file')
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
@@ -245,10 +257,14 @@ def _fetch(url: str, trust_cache: bool = True) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f'cannot fetch {url} ({getattr(error, "reason", error)}): put the file at {path}') from None
+        reason = str(getattr(error, 'reason', error)).partition('\n')[0]
+        if path.is_file() and not digest:
+            warnings.warn(f'cannot fetch {url} ({reason}): {path} is taken, from before', stacklevel=2)
+            return path
+        raise FileNotFoundError(f'cannot fetch {url} ({reason}): put the file at {path}') from None
     except RuntimeError as error:  # `invalid hash value (expected "...", got "...")`
-        raise ValueError(f'{url} is not the file that its name promises: {error}') from None
+        hint = '; if that is a date, fetch the file and give its path' if str(digest).isdecimal() else ''
+        raise ValueError(f'{url} is not the file that its name promises: {error}{hint}') from None
     return path
 
 
@@ -277,7 +293,9 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             raise OSError(f'cannot write {path}: {str(error).splitlines()[0]}') from error
 
     if path.suffix == '.safetensors':
-        weights = {name: value.contiguous() for name, value in content['state_dict'].items()}
+        # Copied, as it takes no tensors that share memory.
+        weights = {name: value.clone(memory_format=torch.contiguous_format)
+                   for name, value in content['state_dict'].items()}
         header = dict(format='pt', meta=json.dumps(content.get('meta', {}), default=repr))
         data = _safetensors().torch.save(weights, header)
         write_file(path, data)

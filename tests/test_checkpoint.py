@@ -225,6 +225,20 @@ def test_pretrained_backbone_comes_from_a_file_without_fc(tmp_path: Path) -> Non
     assert torch.equal(backbone.layer2[0].context_block.weight, own)
 
 
+@pytest.mark.parametrize('bias', [0.0, 1.0])
+def test_pretrained_weights_of_openmmlab_and_of_caffe(tmp_path: Path, bias: float) -> None:
+    source, backbone = torchvision.models.resnet18(), Backbone()
+    weights = {f'backbone.{name}': value for name, value in source.state_dict().items() if 'fc.' not in name}
+    weights |= {'backbone.conv1.bias': torch.full((64,), bias), 'head.fc.weight': torch.ones(2, 512)}
+    torch.save(dict(state_dict=weights), tmp_path / 'r18.pth')
+    if bias:
+        with pytest.raises(ValueError, match=r'1 unknown.*\n.*\n    conv1\.bias'):
+            ckpt.load_pretrained_backbone(backbone, str(tmp_path / 'r18.pth'))
+    else:
+        ckpt.load_pretrained_backbone(backbone, str(tmp_path / 'r18.pth'))
+        assert torch.equal(backbone.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
 def test_pretrained_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / 'r34.pth')
     with pytest.raises(

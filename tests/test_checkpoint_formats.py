@@ -9,6 +9,7 @@ from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import MMLogger
@@ -204,6 +205,20 @@ def test_one_line_says_what_is_recognised(
 def test_names_of_classes_are_where_mmdetection_3_has_them(tmp_path: Path, meta: dict) -> None:
     torch.save(dict(state_dict=ROI_HEAD, meta=meta), tmp_path / 'e.pth')
     assert ckpt.load_file(tmp_path / 'e.pth')['meta']['dataset_meta']['classes'] == ('a_b', 'c')
+
+
+@pytest.mark.parametrize('meta, names', [
+    (dict(CLASSES='balloon'), ('balloon',)),
+    (dict(dataset_meta=dict(classes='balloon')), ('balloon',)),
+    (dict(dataset_meta=dict(classes=np.array(['a', 'b']))), ('a', 'b')),
+    (dict(CLASSES=[b'a', b'b'], dataset_meta=[]), ('a', 'b')),
+    (dict(CLASSES=[0, 1]), ('0', '1')),
+    (dict(CLASSES=80, dataset_meta=dict(classes=['a'])), ('a',)),
+    (dict(CLASSES=None), None),
+])
+def test_odd_forms_of_names(meta: dict, names: tuple | None) -> None:
+    found = ckpt._with_classes(meta).get('dataset_meta', {})
+    assert found == ({} if names is None else dict(classes=names))
 
 
 def test_an_old_batch_norm_has_no_count_of_batches() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
+from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match, worst_of
 from mmengine.config import Config
 from torch import Tensor
 
@@ -190,8 +190,7 @@ def compare_gradients(model: Any, reference: dict[str, Any], noisy: bool, out: C
     if noisy:
         out.add('gradient norms (median)', float(np.median(list(errors.values()))), NOISY_GRAD_BOUND)
         return
-    worst = max(errors, key=errors.__getitem__)
-    out.add(f'gradient norms (worst: {worst})', errors[worst], GRAD_BOUND)
+    out.add(*worst_of('gradient norms', errors), GRAD_BOUND)
 
 
 def compare_golden(cfg: Config, path: Path, reference: dict[str, Any]) -> Comparison:

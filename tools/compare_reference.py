@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from compare_golden import compare_golden, is_golden
-from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match
+from comparison import MASK_IOU_BOUND, Comparison, mask_iou, match, worst_of
 from reference_file import Arrays, apply_edits, build_model, load_arrays, load_batch, read_json
 from torch import Tensor, nn
 
@@ -226,13 +226,6 @@ def compare_statistics(model: nn.Module, reference: dict[str, Any], out: Compari
     if errors:
         dtype = next(model.parameters()).dtype
         out.add(*worst_of('running statistics after the step', errors), BOUNDS[dtype][0])
-
-
-def worst_of(what: str, errors: dict[str, float]) -> tuple[str, float]:
-    """The largest error, and ``what`` with its name."""
-    # A NaN is the worst, which max() alone would miss.
-    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
-    return f'{what} (worst: {worst})', errors[worst]
 
 
 def buffer_error(tensor: Tensor, recorded: Any) -> float:

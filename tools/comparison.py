@@ -41,6 +41,13 @@ class Comparison:
         return AsciiTable([['what', 'largest error', 'bound', ''], *rows]).table
 
 
+def worst_of(what: str, errors: dict[str, float]) -> tuple[str, float]:
+    """The largest error, and ``what`` with its name."""
+    # A NaN is the worst, which max() alone would miss.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return f'{what} (worst: {worst})', errors[worst]
+
+
 def match(
     boxes: Tensor, scores: Tensor, ref_boxes: np.ndarray, ref_scores: np.ndarray,
     groups: Tensor | None = None, ref_groups: np.ndarray | None = None,

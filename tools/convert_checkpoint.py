@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mmdet.checkpoint import load_file, save_checkpoint
 from mmdet.checkpoint_files import plain
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     target = Path(args.target)
     if target.suffix not in ('.pth', '.safetensors'):
         raise ValueError(f'{target} must end in .pth or .safetensors')
-    if target.exists() and Path(args.source).exists() and target.samefile(args.source):
+    source = Path(unquote(args.source.removeprefix('file://')))
+    if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} would overwrite the checkpoint that it is made from: give another name')
     content = load_file(args.source, trust=args.trust_checkpoint)
     if not content['state_dict']:

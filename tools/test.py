@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 
 from mmdet.checkpoint import check_classes, load_meta
+from mmdet.checkpoint_files import require_file
 from mmdet.engine.amp import warn_of_slow_bfloat16
 from mmdet.engine.launch import add_common_arguments, join_processes, parse_args, run_tool
 from mmdet.engine.runner import DetectionRunner
@@ -47,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
             'nothing to do with the predictions: give --eval, --out, --json_prefix or --show_dir')
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out {args.out} must end in .pkl or .pickle')
-    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
-        raise FileNotFoundError(f'checkpoint {args.checkpoint} does not exist')
+    if '://' not in args.checkpoint:
+        require_file(Path(args.checkpoint))
     for folder in (args.show_dir, *(Path(path).parent for path in (args.out, args.json_prefix) if path)):
         if folder:
             check_writable(Path(folder))

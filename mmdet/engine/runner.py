@@ -13,7 +13,7 @@ import mmengine
 import torch
 import torch.distributed
 from mmengine.device import get_device
-from mmengine.dist import all_reduce, broadcast
+from mmengine.dist import broadcast
 from mmengine.hooks import EMAHook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 import mmdet
 from mmdet import checkpoint as checkpoint_file
 from mmdet.engine.launch import errors_of
-from mmdet.engine.optimizer_state import is_state_of, lay_out_state
+from mmdet.engine.optimizer_state import is_state_of, lay_out_state, pending_gradients
+from mmdet.models.backbones.resnet import ResNet
 from mmdet.utils.env import to_device
 
 # What later epochs need of mmengine's message hub; all of it is plain.
@@ -82,9 +83,9 @@ class DetectionRunner(Runner):
         model: Any = self.bare_model
         if self.rank == 0:
             model.init_weights()
-            backbone: Any = getattr(model, 'backbone', None)
-            if getattr(backbone, 'pretrained', '') is None and not self._load_from and (
-                    getattr(backbone, 'frozen_stages', -1) >= 0 or getattr(backbone, 'norm_eval', False)):
+            backbone = getattr(model, 'backbone', None)
+            if isinstance(backbone, ResNet) and backbone.pretrained is None and not self._load_from and (
+                    backbone.frozen_stages >= 0 or backbone.norm_eval):
                 self.logger.warning('model.backbone.pretrained=None: frozen stages and fixed norms stay '
                                     'at their random start; set frozen_stages=-1 and norm_eval=False')
         for value in model.state_dict().values():
@@ -195,7 +196,8 @@ class DetectionRunner(Runner):
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, save_optimizer: bool = True,
                         meta: dict[str, Any] | None = None, by_epoch: bool = True, **kwargs: Any) -> None:
         """Write ``out_dir/filename`` (arguments as mmengine's; only local files). All processes call it."""
-        pending = self._pending_gradients() if save_optimizer else {}
+        accumulates = save_optimizer and self.optim_wrapper._accumulative_counts > 1
+        pending = pending_gradients(self.bare_model, self._loss_scale) if accumulates else {}
         if self.rank:
             return
         hub = self.message_hub.runtime_info
@@ -220,20 +222,6 @@ class DetectionRunner(Runner):
             content['gradients'] = pending
         self.call_hook('before_save_checkpoint', checkpoint=content)
         checkpoint_file.save_checkpoint(content, Path(out_dir, filename))
-
-    def _pending_gradients(self) -> dict[str, torch.Tensor]:
-        """What waits for the optimizer in the middle of an accumulation, averaged over all processes.
-
-        Without the factor of the losses in float16, which another training may not have.
-        """
-        if self.optim_wrapper._accumulative_counts == 1:
-            return {}
-        scale = self._loss_scale
-        gradients = {name: parameter.grad / scale
-                     for name, parameter in self.bare_model.named_parameters() if parameter.grad is not None}
-        for gradient in gradients.values():
-            all_reduce(gradient, op='mean')
-        return gradients
 
     @property
     def _loss_scale(self) -> float:
@@ -297,16 +285,18 @@ class DetectionRunner(Runner):
     def _not_resumable(self, content: dict[str, Any]) -> str:
         """Why this training cannot go on where a checkpoint was written; '' if it can."""
         meta, instead = content['meta'], 'start from its weights with --cfg-options load_from=...'
+        if not checkpoint_file.is_ours(meta) and {'epoch', 'iter'} & meta.keys():
+            return f'is of another program, which orders the state of parameters otherwise: {instead}'
         if 'optimizer' not in content or not {'epoch', 'iter'} <= meta.keys():
             return f'holds weights only, no state of a training: {instead}'
-        if not checkpoint_file.is_ours(meta):
-            return f'is of another program, which orders the state of parameters otherwise: {instead}'
         by_epoch = isinstance(self.train_loop, EpochBasedTrainLoop)
+        if by_epoch and meta['iter'] and not meta['epoch'] and not meta.get('batches'):
+            return f'is of a training by iteration, while the config has one by epoch: {instead}'
         unit, end = ('epoch', self.max_epochs) if by_epoch else ('iter', self.max_iters)
         if meta[unit] >= end:
             return (f'is at {unit} {meta[unit]} of {end}, nothing is left to train: '
                     f'raise train_cfg.max_{unit}s, or evaluate it with tools/test.py')
-        if not is_state_of(content['optimizer'] or {}, self.optim_wrapper.optimizer.param_groups):
+        if not is_state_of(content['optimizer'] or {}, self.optim_wrapper.optimizer):
             return f'has the state of another optimizer, or of other parameters: {instead}'
         schedules: list[Any] = self.param_schedulers or []
         if any(isinstance(schedule, ReduceOnPlateauParamScheduler) for schedule in schedules):
@@ -346,4 +336,5 @@ def _with_scaled_rates(schedule: Any, factor: float) -> Any:
     """A schedule's config with the learning rates in it multiplied, as a copy."""
     if not isinstance(schedule, dict) or not str(schedule['type']).endswith('LR'):
         return schedule
-    return schedule | {key: schedule[key] * factor for key in ('eta_min', 'eta_max') if schedule.get(key)}
+    rates = {key: schedule.get(key) for key in ('eta_min', 'eta_max', 'min_value')}
+    return schedule | {key: rate * factor for key, rate in rates.items() if isinstance(rate, int | float)}

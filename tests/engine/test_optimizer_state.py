@@ -15,9 +15,34 @@ def test_the_own_state_of_an_optimizer_fits(kind: type[torch.optim.Optimizer]) -
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = optimizer.state_dict()
-    assert is_state_of(state, optimizer.param_groups)
+    assert is_state_of(state, optimizer)
     state['state'] = {0: state['state'][1], 1: state['state'][0]}
-    assert not is_state_of(state, optimizer.param_groups)
+    assert not is_state_of(state, optimizer)
+
+
+@pytest.mark.parametrize('kind, old, new, fits', [
+    (torch.optim.AdamW, {}, dict(amsgrad=True), False),
+    (torch.optim.AdamW, dict(amsgrad=True), {}, True),
+    (torch.optim.RMSprop, {}, dict(momentum=0.9), False),
+    (torch.optim.RMSprop, {}, dict(centered=True), False),
+    (torch.optim.SGD, {}, dict(momentum=0.9), True),
+])
+def test_a_state_without_what_a_step_needs_does_not_fit(
+    kind: type[torch.optim.Optimizer], old: dict[str, Any], new: dict[str, Any], fits: bool
+) -> None:
+    layer = nn.Linear(3, 2)
+    first, second = (kind(layer.parameters(), lr=0.1, **options) for options in (old, new))
+    layer(torch.ones(1, 3)).sum().backward()
+    first.step()
+    state = first.state_dict()
+    assert is_state_of(state, second) == fits
+    second.load_state_dict(state)
+    second.param_groups[0].update(new)
+    if fits:
+        second.step()
+    else:
+        with pytest.raises(KeyError):
+            second.step()
 
 
 def steps(conv: nn.Conv2d, state: dict[str, Any] | None, gradients: list[Tensor]) -> torch.optim.SGD:

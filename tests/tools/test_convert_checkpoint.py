@@ -60,6 +60,11 @@ def test_errors_are_one_line(
     assert old.read_bytes() == before and not (tmp_path / 'new.pth').exists()
 
 
+def test_an_address_of_the_file_itself(error_of_toy: Callable, old: Path) -> None:
+    error = error_of_toy(TOOL, old.as_uri(), old)
+    assert error == f'error: {old} would overwrite the checkpoint that it is made from: give another name\n'
+
+
 def test_a_trusted_file_is_converted(run_toy: Callable, tmp_path: Path) -> None:
     meta = dict(epoch=3, mean=np.zeros(2), path=tmp_path)
     content = dict(state_dict={'roi_head.x': torch.ones(1)}, meta=meta, other=range(3))
