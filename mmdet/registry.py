@@ -14,6 +14,7 @@ def _child(parent: Registry, *locations: str) -> Registry:
 
 
 MODELS = _child(root.MODELS, 'mmdet.models', 'mmdet.legacy_2019')
+WEIGHT_INITIALIZERS = _child(root.WEIGHT_INITIALIZERS, 'mmdet.models')
 MODEL_WRAPPERS = _child(root.MODEL_WRAPPERS, 'mmdet.engine')
 TASK_UTILS = _child(root.TASK_UTILS, 'mmdet.models.task_modules', 'mmdet.legacy_2019')
 DATASETS = _child(root.DATASETS, 'mmdet.datasets')

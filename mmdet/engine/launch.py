@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import mmengine
 import torch
 import torch.distributed
 
@@ -117,6 +118,7 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
         options = [f'--nnodes={_machines()}', f'--node_rank={env.get("NODE_RANK", 0)}',
                    f'--master_addr={env.get("MASTER_ADDR", "127.0.0.1")}',
                    f'--master_port={env.get("MASTER_PORT", 29500)}']
+    config: Any
     config, command, arguments = run.config_from_args(
         run.parse_args([*options, f'--nproc_per_node={count}', sys.argv[0], *argv]))
     try:
@@ -129,6 +131,9 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
         if failure.exitcode < 0:
             print(f'error: process {rank} was ended by signal {-failure.exitcode}'
                   + (' (out of memory?)' if failure.exitcode == -9 else ''), file=sys.stderr)
+        elif not any(Path(config.logs_specs.root_log_dir).glob('*/attempt_*/failed')):  # none has spoken
+            print(f'error: process {rank} ended with status {failure.exitcode}; where nothing says why, '
+                  'another one, perhaps on another machine, ended before', file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except torch.distributed.DistNetworkError as error:
         raise OSError(f'{" ".join(options)}: {str(error).splitlines()[0]}') from error
@@ -234,10 +239,11 @@ def expected_error(error: BaseException) -> str | None:
 
 @contextmanager
 def errors_of(key: str) -> Iterator[None]:
-    """Name the key of the config in what torch and mmengine say of its values; our own errors do so."""
+    """Name the key of the config in what torch and mmengine say of its values."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        if expected_error(error):
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not raised_in.startswith(tuple(module.__path__[0] for module in (torch, mmengine))):
             raise
         raise ValueError(f'{key}: {str(error).partition(chr(10))[0]}') from error

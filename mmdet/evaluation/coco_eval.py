@@ -75,7 +75,7 @@ def select_ground_truth(content: dict[str, Any], img_ids: list[int], cat_ids: li
     annotations: list[dict[str, Any]] = []
     for annotation in content['annotations']:
         if annotation['image_id'] in wanted_images and annotation['category_id'] in wanted_categories:
-            box, area = annotation.get('bbox', []), annotation.get('area')
+            box, area = annotation.get('bbox') or [], annotation.get('area')
             numbers = [*box, *([] if area is None else [area])]
             if len(box) != 4 or not all(isinstance(n, Real) and math.isfinite(n) for n in numbers):
                 raise ValueError(f'annotation {annotation.get("id")} of image {annotation["image_id"]} '

@@ -10,8 +10,8 @@ from mmengine.config import DictAction
 
 class CfgOptions(DictAction):
     """The argparse action of ``--cfg-options a.b=c ...``: mmengine's, which says what is malformed, leaves
-    the spaces of strings in place, takes dicts (``custom_hooks=[dict(type='EMAHook')]``) and leaves what is
-    quoted a string (``"'2024'"``)."""
+    the spaces of strings in place, takes dicts (``custom_hooks=[dict(type='EMAHook')]``) and leaves a quoted
+    value a string (``"'2024'"``)."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
@@ -33,7 +33,7 @@ class CfgOptions(DictAction):
                 return literal
             if val[:1] in ('"', "'") and isinstance(literal := ast.literal_eval(val), str):
                 if literal[:1] + literal[-1:] not in ('()', '[]'):
-                    return literal
+                    return val[1:-1] if '\\' in val else literal
         bare = val.strip('\'" ')
         if ',' in val or bare[:1] + bare[-1:] in ('()', '[]'):
             return DictAction._parse_iterable(val)

@@ -44,8 +44,11 @@ def load_config(path: str | Path, cfg_options: Mapping[str, Any] | None = None) 
         _drop_empty_scope(cfg._cfg_dict)
         before = cfg.copy()
         cfg.merge_from_dict(options)
-        if any(key.partition('.')[0] == 'custom_imports' for key in options):
-            import_modules_from_strings(**cfg.custom_imports)  # those of the file are there
+        imports = cfg.get('custom_imports')
+        if imports and any(key.partition('.')[0] == 'custom_imports' for key in options):
+            if not isinstance(imports, dict) or 'imports' not in imports:
+                raise ConfigError(f'custom_imports={imports!r}: give custom_imports.imports=[MODULE,...]')
+            import_modules_from_strings(**imports)  # those of the file are there
         helpers = {used for source in files.values() for used in source.used}
         lost = [problem for source in files.values() for problem in _lost_in_file(cfg, source, helpers)]
     set_names = {key.split('.')[0] for key in options}.union(*(source.assigned for source in files.values()))

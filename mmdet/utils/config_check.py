@@ -43,7 +43,7 @@ class _Scope:
 
 # Where the dicts inside a built dict are searched: by the registry of the dict around them.
 _INSIDE = {
-    'MODELS': ('MODELS', 'TASK_UTILS'),
+    'MODELS': ('MODELS', 'TASK_UTILS', 'WEIGHT_INITIALIZERS'),
     'TASK_UTILS': ('TASK_UTILS', 'MODELS'),
     'DATASETS': ('DATASETS', 'TRANSFORMS'),
     'TRANSFORMS': ('TRANSFORMS',),
@@ -80,7 +80,8 @@ def find_problems(cfg: Config | Mapping[str, Any], helpers: Collection[str]) -> 
             problems += _check(value, RUNNER_KEYS[key], key, scope)
         elif key not in helpers and (near := closest(key, RUNNER_KEYS, 0.8)):
             problems.append(f'{key}: unknown top-level key; did you mean {near!r}?')
-    if {'type', 'by_epoch'} <= (cfg.get('train_cfg') or {}).keys():
+    loop = cfg.get('train_cfg')
+    if isinstance(loop, Mapping) and {'type', 'by_epoch'} <= loop.keys():
         problems.append('train_cfg.by_epoch: train_cfg.type says that already; give one of them')
     return [*problems, *too_small(cfg)]
 
@@ -201,7 +202,7 @@ def _check_built(value: Any, built: Built | None, path: str, scope: _Scope) -> I
         return
     registry, target = find_type(kind, registries)
     if target is None:
-        instead = OLD_TYPES.get(kind) or _suggest(kind, registered_types(registries))
+        instead = OLD_TYPES.get(str(kind)) or _suggest(kind, registered_types(registries))
         yield f'{path}.type: {kind!r} is not registered; {instead}'
         return
     arguments, is_open = arguments_of(target)

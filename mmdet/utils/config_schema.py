@@ -215,7 +215,7 @@ OLD_KEYS: dict[str, str] = {
 }
 
 # Of their pipelines: what does the same here.
-OLD_TYPES: dict[Any, str] = {
+OLD_TYPES: dict[str, str] = {
     'Normalize': 'model.data_preprocessor does that',
     'Pad': 'model.data_preprocessor does that',
     'DefaultFormatBundle': 'PackDetInputs does that',

@@ -48,9 +48,11 @@ def registered_types(registries: Sequence[str]) -> Iterator[str]:
 
 
 def _fits(target: Any) -> bool:
-    """Not for a transform of mmcv, which would leave boxes and masks as they were; for its wrappers."""
-    module = getattr(target, '__module__', '')
-    return not module.startswith('mmcv.transforms') or module == 'mmcv.transforms.wrappers'
+    """Not for a transform of mmcv, which would leave boxes and masks as they were; for its wrappers, and
+    for one of colours."""
+    module, name = getattr(target, '__module__', ''), getattr(target, '__name__', '')
+    return (not module.startswith('mmcv.transforms') or module == 'mmcv.transforms.wrappers'
+            or name == 'RandomGrayscale')
 
 
 @cache

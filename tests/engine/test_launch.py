@@ -197,3 +197,8 @@ def test_what_the_loader_wraps_is_unwrapped() -> None:
 def test_values_that_libraries_refuse_name_the_key(toy_runner, key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f'^{key.partition("__")[0]}: [^\n]+$'):
         toy_runner('a', **{key: value}).train()
+
+
+def test_a_bug_of_an_optimizer_keeps_its_traceback() -> None:
+    with pytest.raises(TypeError), launch.errors_of('optim_wrapper'):
+        raise TypeError('not of torch or mmengine')

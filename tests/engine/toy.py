@@ -54,6 +54,8 @@ class ToyDataset(Dataset):
             raise FileNotFoundError(f'image {index} does not exist')
         if os.environ.get('TOY_KILL_RANK') == os.environ.get('RANK', '0') and index < 4:
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get('TOY_EXIT_RANK') == os.environ.get('RANK', '0') and index < 4:
+            os._exit(3)
         generator = torch.Generator().manual_seed(index)
         return dict(inputs=torch.randn(3, 8, 8, generator=generator), targets=torch.tensor(float(index % 3)))
 

@@ -109,6 +109,12 @@ def test_a_killed_process_ends_the_job(run_toy) -> None:
     assert 'Traceback' not in done.stderr
 
 
+def test_of_a_process_that_ends_without_a_word_the_launcher_speaks(run_toy) -> None:
+    done = run_toy('tools/dist_train.sh', TOY, 2, TOY_EXIT_RANK='1', **ON_CPU)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith('error: process 1 ended with status 3; ')
+
+
 def test_the_scripts_say_how_they_are_used(run_toy) -> None:
     for tool, words in (
         ('dist_train.sh', 'CONFIG N'),

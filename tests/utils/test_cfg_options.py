@@ -25,8 +25,10 @@ def test_strings_in_lists_keep_their_spaces() -> None:
 
 
 def test_what_is_quoted_is_a_string() -> None:
-    options = parse('a="/d/x,y.pth"', "b='2024'", 'c="None"', "d='hair drier'", 'e="(1, 2)"', 'f="it\'s"')
-    assert options == dict(a='/d/x,y.pth', b='2024', c='None', d='hair drier', e=(1, 2), f="it's")
+    options = parse('a="/d/x,y.pth"', "b='2024'", 'c="None"', "d='hair drier'", 'e="(1, 2)"', 'f="it\'s"',
+                    r"g='C:\new'")
+    assert options == dict(
+        a='/d/x,y.pth', b='2024', c='None', d='hair drier', e=(1, 2), f="it's", g=r'C:\new')
 
 
 @pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', '[dict(a)]', '[dict(**{})]', '{1', 'dict(a=f())'])

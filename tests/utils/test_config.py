@@ -111,6 +111,9 @@ class MyHook(Hook):
     assert load_config(R50, options).custom_hooks[0].type == 'HookOfAnOption'
     text = message(R50, {'custom_imports.imports': ['no_such_module']})
     assert text == "ImportError: Failed to import no_such_module"
+    text = message(R50, {'custom_imports': 'mine'})
+    assert text == "custom_imports='mine': give custom_imports.imports=[MODULE,...]"
+    assert load_config(R50, {'custom_imports': None}).custom_imports is None
 
 
 # A leaf over configs/_base_: what it redefines, and what that leads to.

@@ -164,7 +164,8 @@ def test_nested_dicts(keys: dict, expected: str | None) -> None:
     ('RandomResize', "did you mean 'RandomChoiceResize'?"),
     ('Normalize', 'model.data_preprocessor does that')])
 def test_transforms_of_mmcv_would_leave_boxes_as_they_are(kind: str, instead: str) -> None:
-    pipeline = [dict(type=kind), dict(type='RandomApply', transforms=[dict(type='RandomFlip')])]
+    pipeline = [dict(type=kind), dict(type='RandomApply', transforms=[dict(type='RandomFlip')]),
+                dict(type='RandomGrayscale', prob=0.5, keep_channels=True)]
     found = problems(train_dataloader=dict(dataset=dict(type='CocoDataset', ann_file='a', pipeline=pipeline)))
     assert found == [
         f'train_dataloader.dataset.pipeline[0].type: {kind!r} is not registered; {instead}']

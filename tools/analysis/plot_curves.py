@@ -6,7 +6,6 @@
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,8 @@ def read_curves(log: Path) -> dict[str, Curve]:
 
 def evaluation_unit(log: Path) -> str:
     """'epoch' or 'iteration': what the steps of the log's evaluations count."""
-    trained = math.inf
-    for record in read_records(log):
-        if 'loss' in record:
-            trained = record['step']
-        elif record['step'] >= trained:  # epochs lag behind the iterations trained
-            return 'iteration'
-    return 'epoch'
+    training = [record for record in read_records(log) if 'loss' in record]
+    return 'iteration' if training and not any('epoch' in record for record in training) else 'epoch'
 
 
 def choose_keys(curves: dict[str, Curve], keys: Sequence[str] | None, log: Path) -> list[str]:

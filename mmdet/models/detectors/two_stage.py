@@ -15,15 +15,21 @@ from mmdet.models.train_test_cfg import TestConfig, TrainConfig
 from mmdet.registry import MODELS
 from mmdet.structures.data_sample import DataSample
 
-# What a part takes, what gives it, and how many times that it is.
+# Where a part of this type stands, what it takes, what gives that, and how many times that it is.
 _FITS = (
-    ('rpn_head.in_channels', 'neck.out_channels', 1),
-    ('roi_head.bbox_roi_extractor.out_channels', 'neck.out_channels', 1),
-    ('roi_head.mask_roi_extractor.out_channels', 'neck.out_channels', 1),
-    ('roi_head.bbox_head.in_channels', 'roi_head.bbox_roi_extractor.out_channels', 1),
-    ('roi_head.mask_head.in_channels', 'roi_head.mask_roi_extractor.out_channels', 1),
-    ('roi_head.bbox_head.roi_feat_size', 'roi_head.bbox_roi_extractor.roi_layer.output_size', 1),
-    ('train_cfg.rcnn.mask_size', 'roi_head.mask_roi_extractor.roi_layer.output_size', 2),
+    ('RPNHead', 'rpn_head', 'rpn_head.in_channels', 'neck.out_channels', 1),
+    ('SingleRoIExtractor', 'roi_head.bbox_roi_extractor',
+     'roi_head.bbox_roi_extractor.out_channels', 'neck.out_channels', 1),
+    ('SingleRoIExtractor', 'roi_head.mask_roi_extractor',
+     'roi_head.mask_roi_extractor.out_channels', 'neck.out_channels', 1),
+    ('ConvFCBBoxHead', 'roi_head.bbox_head',
+     'roi_head.bbox_head.in_channels', 'roi_head.bbox_roi_extractor.out_channels', 1),
+    ('ConvFCBBoxHead', 'roi_head.bbox_head',
+     'roi_head.bbox_head.roi_feat_size', 'roi_head.bbox_roi_extractor.roi_layer.output_size', 1),
+    ('FCNMaskHead', 'roi_head.mask_head',
+     'roi_head.mask_head.in_channels', 'roi_head.mask_roi_extractor.out_channels', 1),
+    ('FCNMaskHead', 'roi_head.mask_head',
+     'train_cfg.rcnn.mask_size', 'roi_head.mask_roi_extractor.roi_layer.output_size', 2),
 )
 
 
@@ -57,15 +63,12 @@ class TwoStageDetector(BaseModel):
         self.test_proposal_cfg = test_cfg['rpn']
 
     def init_weights(self) -> None:
-        """Load the backbone's ``pretrained`` weights; everything else was set when it was built.
+        """Load the backbone's ``pretrained`` weights; everything else of ours was set when it was built.
 
-        A backbone of another kind has an ``init_weights`` of its own, or none.
+        Parts of other kinds start as their own ``init_weights`` says.
         """
-        pretrained = getattr(self.backbone, 'pretrained', None)
-        if pretrained is not None:
-            load_pretrained_backbone(self.backbone, pretrained)
-        elif hasattr(self.backbone, 'init_weights'):
-            self.backbone.init_weights()
+        for part in self.children():
+            _start(part)
 
     def extract_features(self, inputs: Tensor) -> list[Tensor]:
         """Images (N, 3, H, W) to the pyramid's levels (N, C, H / stride_i, W / stride_i)."""
@@ -99,11 +102,23 @@ class TwoStageDetector(BaseModel):
         raise ValueError(f"mode={mode!r}: take 'loss', 'predict' or 'tensor'")
 
 
+def _start(part: Any) -> None:
+    if hasattr(part, 'init_weights'):
+        part.init_weights()
+    elif isinstance(getattr(part, 'pretrained', None), str):
+        load_pretrained_backbone(part, part.pretrained)
+    else:
+        for child in part.children():
+            _start(child)
+
+
 def _check_fit(parts: dict[str, Any]) -> None:
     """Raise ValueError where a part's config does not fit another's: neither can see that alone."""
     if parts['roi_head'].get('mask_head') and not parts['roi_head'].get('mask_roi_extractor'):
         raise ValueError('model.roi_head.mask_head needs a model.roi_head.mask_roi_extractor')
-    for name, source, factor in _FITS:
+    for kind, part, name, source, factor in _FITS:
+        if {*_values(parts, f'{part}.type')} != {kind}:
+            continue
         for taken, given in product(_values(parts, name), _values(parts, source)):
             if taken != factor * given:
                 raise ValueError(f'model.{name}={taken} does not fit model.{source}={given}; '

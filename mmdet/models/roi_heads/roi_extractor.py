@@ -49,6 +49,8 @@ class SingleRoIExtractor(nn.Module):
 
     def forward(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """Levels (N, C, H_i, W_i) and RoIs (K, 5) to (K, C, output_size, output_size)."""
+        if len(features) < len(self.strides):
+            raise ValueError(f'featmap_strides={self.strides}: the pyramid has {len(features)} levels')
         return multilevel_roi_align(
             features[:len(self.strides)], rois, self.output_size, [1 / s for s in self.strides],
             self.sampling_ratio, self.finest_scale, self.shift)

@@ -138,15 +138,25 @@ def test_parts_that_do_not_fit(build: Callable, changes: tuple, message: str) ->
         build(*changes)
 
 
-def test_a_backbone_of_another_kind_starts_as_it_says(build: Callable) -> None:
+def test_another_head_may_take_another_size(build: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Head(MODELS.get('FCNMaskHead')):
+        pass
+
+    monkeypatch.setitem(MODELS.module_dict, 'AnotherHead', Head)
+    build('roi_head.mask_head.type', 'AnotherHead', 'train_cfg.rcnn.mask_size', 14)
+
+
+def test_parts_of_other_kinds_start_as_they_say(build: Callable) -> None:
     class Plain(torch.nn.Module):
+        pretrained = True  # as timm has it
+
         def init_weights(self) -> None:
             self.started = True
 
     model = build()
-    model.backbone = Plain()
+    model.backbone, model.roi_head.bbox_head = Plain(), Plain()
     model.init_weights()
-    assert model.backbone.started
+    assert model.backbone.started and model.roi_head.bbox_head.started
     model.backbone = torch.nn.Identity()
     model.init_weights()
 

@@ -93,3 +93,8 @@ def test_shift_is_in_cells_of_the_level() -> None:
     moved[:, 1:] += torch.tensor(STRIDES)[:, None] / 2
     # The levels are those of the RoIs as they came.
     torch.testing.assert_close(make(2, shift=0.5)(features, rois), make(2)(features, moved))
+
+
+def test_more_strides_than_levels() -> None:
+    with pytest.raises(ValueError, match=r'featmap_strides=.*: the pyramid has 1 levels'):
+        make(2)([torch.zeros(1, 3, 4, 4)], square(10))

@@ -19,7 +19,8 @@ def write_log(path, loss=2.0, by_epoch=True):
     lines = []
     for epoch in (1, 2):
         for iteration in (2 * epoch - 1, 2 * epoch):
-            lines.append(dict(lr=0.02, loss=loss / iteration, epoch=epoch, iter=iteration, step=iteration))
+            counts = dict(epoch=epoch, iter=iteration) if by_epoch else dict(iter=iteration)
+            lines.append(dict(lr=0.02, loss=loss / iteration, step=iteration) | counts)
         step = epoch if by_epoch else 2 * epoch
         lines.append({'coco/bbox_mAP': 0.1 * epoch, 'coco/segm_mAP': 0.05 * epoch, 'step': step})
     path.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
