@@ -154,6 +154,7 @@ def test_two_and_two_epochs_are_four_on_two_processes(tmp_path: Path) -> None:
             str(HERE / 'toy_distributed.py'),
             str(tmp_path),
         ],
+        cwd=tmp_path,
         env=os.environ | dict(PYTHONPATH=path),
         capture_output=True,
         text=True,
