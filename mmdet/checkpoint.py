@@ -126,19 +126,21 @@ def _with_classes(meta: dict[str, Any]) -> dict[str, Any]:
     """``meta`` with the names of the classes where mmdetection 3.x has them: ``dataset_meta['classes']``."""
     dataset = meta.get('dataset_meta')
     dataset = dict(dataset) if isinstance(dataset, Mapping) else {}
-    given = [meta.get('CLASSES'), dataset.pop('CLASSES', None), dataset.pop('classes', None)]
-    names = next((names for names in map(_class_names, given) if names), ())
+    old = _class_names(meta.get('CLASSES')) or _class_names(dataset.pop('CLASSES', None))
     if meta.get('legacy_2019'):
-        names = tuple(name.replace('_', ' ') for name in names)  # COCO's own names have spaces
-    if names:
+        old = tuple(name.replace('_', ' ') for name in old)  # COCO's own names have spaces
+    if names := old or _class_names(dataset.pop('classes', None)):
         dataset['classes'] = names
     return meta | dict(dataset_meta=dataset) if dataset or 'dataset_meta' in meta else meta
 
 
 def _class_names(value: Any) -> tuple[str, ...]:
     """The names that a file holds in whatever form; a single one may be a plain string."""
+    value = value.tolist() if hasattr(value, 'tolist') else value  # an array
     if isinstance(value, str | bytes):
         value = [value]
+    elif isinstance(value, Mapping):  # by number
+        value = value.values()
     if not isinstance(value, Iterable):
         return ()
     return tuple(name.decode(errors='replace') if isinstance(name, bytes) else str(name) for name in value)

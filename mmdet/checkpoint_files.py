@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import re
+import string
 import sys
 import types
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np
 import torch
@@ -242,8 +243,8 @@ def _openmmlab_url(source: str, name: str) -> str:
 
 def _fetch(url: str, trust_cache: bool = True) -> Path:
     try:
+        url = quote(url, safe=string.punctuation)  # of letters that are not ASCII
         name = PurePosixPath(unquote(urlsplit(url).path)).name
-        url.encode('ascii')
     except ValueError as error:
         raise ValueError(f'{url} is no address: {error}') from None
     if not name:
@@ -251,6 +252,7 @@ def _fetch(url: str, trust_cache: bool = True) -> Path:
     path = Path(torch.hub.get_dir(), 'checkpoints', name)
     found = re.search(r'-([0-9a-f]{8,64})\.\w+$', path.name)
     digest = found[1] if found else None
+    certain = trust_cache or digest is not None and not digest.isdecimal()
     if path.is_file() and (trust_cache or digest and _sha256(path).startswith(digest)):
         return path
     try:
@@ -258,12 +260,11 @@ def _fetch(url: str, trust_cache: bool = True) -> Path:
         torch.hub.download_url_to_file(url, str(path), digest, progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
         reason = str(getattr(error, 'reason', error)).partition('\n')[0]
-        if path.is_file() and not digest:
-            warnings.warn(f'cannot fetch {url} ({reason}): {path} is taken, from before', stacklevel=2)
-            return path
-        raise FileNotFoundError(f'cannot fetch {url} ({reason}): put the file at {path}') from None
+        # Without a hash nothing would tell that the file there is the one that is meant.
+        instead = f'put the file at {path}' if certain else 'fetch it by other means and give its path'
+        raise FileNotFoundError(f'cannot fetch {url} ({reason}): {instead}') from None
     except RuntimeError as error:  # `invalid hash value (expected "...", got "...")`
-        hint = '; if that is a date, fetch the file and give its path' if str(digest).isdecimal() else ''
+        hint = '' if certain else '; if that is a date, fetch the file and give its path'
         raise ValueError(f'{url} is not the file that its name promises: {error}{hint}') from None
     return path
 

@@ -215,19 +215,12 @@ def test_a_url_without_a_hash_is_fetched_anew(server: types.SimpleNamespace) -> 
     assert ckpt.load_file((server.folder / name).as_uri())['state_dict']['w'].tolist() == [2]
 
 
-def test_without_a_network_a_file_from_before_is_taken(server: types.SimpleNamespace) -> None:
-    name = serve(server, 'mine.pth', 3)
-    url = f'{server.url}/{name}'
-    ckpt.load_file(url)
-    (server.folder / name).unlink()
-    with pytest.warns(UserWarning, match=r'cannot fetch .*/mine\.pth .*mine\.pth is taken, from before'):
-        assert ckpt.load_file(url)['state_dict']['w'].tolist() == [3]
-
-
-def test_addresses_that_are_none() -> None:
-    for url in ('http://[bad/x.pth', 'http://host/\xfc.pth'):
-        with pytest.raises(ValueError, match=r'is no address: [^\n]+$'):
-            local_file(url)
+def test_addresses_that_are_none_and_odd_ones(tmp_path: Path, server: types.SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r'is no address: [^\n]+$'):
+        local_file('http://[bad/x.pth')
+    (tmp_path / '\xfc').mkdir()
+    (path := tmp_path / '\xfc' / 'e.pth').write_bytes(b'x')
+    assert local_file(f'file://{path}').read_bytes() == b'x'
 
 
 def test_a_date_is_no_hash(server: types.SimpleNamespace) -> None:
@@ -237,8 +230,14 @@ def test_a_date_is_no_hash(server: types.SimpleNamespace) -> None:
 
 
 def test_a_url_that_is_not_there_is_one_line(server: types.SimpleNamespace) -> None:
-    with pytest.raises(FileNotFoundError, match='cannot fetch .*/no.pth .*: put the file at .*/no.pth$'):
-        ckpt.load_file(f'{server.url}/no.pth')
+    with pytest.raises(FileNotFoundError, match='cannot fetch .*/no-0a1b2c3d.pth .*: put the file at .*pth$'):
+        ckpt.load_file(f'{server.url}/no-0a1b2c3d.pth')
+    name = serve(server, 'no.pth')
+    ckpt.load_file(f'{server.url}/{name}')
+    (server.folder / name).unlink()  # what was fetched before may be another file of this name
+    for absent in (name, 'no-20230101.pth'):
+        with pytest.raises(FileNotFoundError, match=': fetch it by other means and give its path$'):
+            ckpt.load_file(f'{server.url}/{absent}')
     with pytest.raises(ValueError, match='s3://a.pth: give a path, or an address that begins with https://'):
         ckpt.load_file('s3://a.pth')
 

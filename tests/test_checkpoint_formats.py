@@ -214,6 +214,9 @@ def test_names_of_classes_are_where_mmdetection_3_has_them(tmp_path: Path, meta:
     (dict(CLASSES=[b'a', b'b'], dataset_meta=[]), ('a', 'b')),
     (dict(CLASSES=[0, 1]), ('0', '1')),
     (dict(CLASSES=80, dataset_meta=dict(classes=['a'])), ('a',)),
+    (dict(CLASSES={0: 'a', 1: 'b'}), ('a', 'b')),
+    (dict(CLASSES=np.array('a')), ('a',)),
+    (dict(legacy_2019=True, dataset_meta=dict(classes=('my_class',))), ('my_class',)),
     (dict(CLASSES=None), None),
 ])
 def test_odd_forms_of_names(meta: dict, names: tuple | None) -> None:

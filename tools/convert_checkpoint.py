@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from mmdet.checkpoint import load_file, save_checkpoint
 from mmdet.checkpoint_files import plain
@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     target = Path(args.target)
     if target.suffix not in ('.pth', '.safetensors'):
         raise ValueError(f'{target} must end in .pth or .safetensors')
-    source = Path(unquote(args.source.removeprefix('file://')))
+    is_address = args.source.startswith('file://')
+    source = Path(unquote(urlsplit(args.source).path) if is_address else args.source)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} would overwrite the checkpoint that it is made from: give another name')
     content = load_file(args.source, trust=args.trust_checkpoint)

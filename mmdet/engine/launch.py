@@ -125,9 +125,8 @@ def _start_processes(count: int, argv: Sequence[str]) -> None:
         elastic_launch(config, command)(*arguments)
     except ChildFailedError as error:
         # A process that was killed takes others down with it, which may be noticed in any order.
-        killed = [item for item in error.failures.items()
-                  if item[1].exitcode < 0 and item[1].exitcode != -signal.SIGTERM]
-        rank, failure = killed[0] if killed else error.get_first_failure()
+        first = [item for item in error.failures.items() if item[1].exitcode not in (1, -signal.SIGTERM)]
+        rank, failure = min(first or [error.get_first_failure()], key=lambda item: item[1].exitcode)
         if failure.exitcode < 0:
             print(f'error: process {rank} was ended by signal {-failure.exitcode}'
                   + (' (out of memory?)' if failure.exitcode == -9 else ''), file=sys.stderr)
@@ -244,6 +243,7 @@ def errors_of(key: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not raised_in.startswith(tuple(module.__path__[0] for module in (torch, mmengine))):
+        theirs = raised_in.startswith(tuple(f'{module.__path__[0]}{os.sep}' for module in (torch, mmengine)))
+        if expected_error(error) or not theirs and not isinstance(error, ValueError):
             raise
         raise ValueError(f'{key}: {str(error).partition(chr(10))[0]}') from error

@@ -1,7 +1,7 @@
 """An optimizer's state from a checkpoint: whether it fits, and where it lies."""
 
 from collections import defaultdict
-from copy import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,10 +27,13 @@ def _fits(state: dict[str, Any] | None, optimizer: torch.optim.Optimizer, group:
     """Whether a parameter of a group can go on without a state, or with this one."""
     if not state:
         return True
-    probe, small = copy(optimizer), parameter.new_ones([1] * parameter.dim()).requires_grad_()
+    small = parameter.new_ones([1] * parameter.dim()).requires_grad_()
     small.grad = torch.ones_like(small)
-    probe.param_groups, probe.state = [group | dict(params=[small])], defaultdict(dict)
-    probe.step()
+    probe: Any = object.__new__(type(optimizer))  # a copy would lack attributes of its own
+    vars(probe).update(vars(optimizer), param_groups=[group | dict(params=[small])], state=defaultdict(dict))
+    vars(probe).pop('step', None)  # mmengine's, which counts
+    with suppress(Exception):  # of one that takes a closure, nothing is needed then
+        probe.step()
     needed = set(probe.state[small])  # a later step finds what the first one leaves
     if isinstance(optimizer, torch.optim.SGD):
         needed.discard('momentum_buffer')  # but for this, which starts anew

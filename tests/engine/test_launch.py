@@ -202,3 +202,6 @@ def test_values_that_libraries_refuse_name_the_key(toy_runner, key: str, value: 
 def test_a_bug_of_an_optimizer_keeps_its_traceback() -> None:
     with pytest.raises(TypeError), launch.errors_of('optim_wrapper'):
         raise TypeError('not of torch or mmengine')
+    with pytest.raises(ValueError, match='^optim_wrapper: lr must be positive$'):
+        with launch.errors_of('optim_wrapper'):
+            raise ValueError('lr must be positive')

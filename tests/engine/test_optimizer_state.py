@@ -45,6 +45,31 @@ def test_a_state_without_what_a_step_needs_does_not_fit(
             second.step()
 
 
+def test_optimizers_with_attributes_and_steps_of_their_own() -> None:
+    class Scaled(torch.optim.SGD):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.factor = 2
+
+        def step(self, closure: Any = None) -> None:
+            assert self.factor == 2
+            for group in self.param_groups:
+                for parameter in group['params']:
+                    self.state[parameter]['mine'] = torch.ones(())
+
+    layer = nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    optimizer = Scaled(layer.parameters(), lr=0.1)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert is_state_of(state, optimizer)
+    del state['state'][0]['mine']
+    state['state'][0]['other'] = torch.ones(())
+    assert not is_state_of(state, optimizer) and torch.equal(layer.weight, before)
+    optimizer.factor = 3  # its step fails, which says nothing of the state
+    assert is_state_of(state, optimizer)
+
+
 def steps(conv: nn.Conv2d, state: dict[str, Any] | None, gradients: list[Tensor]) -> torch.optim.SGD:
     """Fused steps of SGD with these gradients of the weight, from ``state`` on."""
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1, momentum=0.9, fused=True)

@@ -61,8 +61,10 @@ def test_errors_are_one_line(
 
 
 def test_an_address_of_the_file_itself(error_of_toy: Callable, old: Path) -> None:
-    error = error_of_toy(TOOL, old.as_uri(), old)
-    assert error == f'error: {old} would overwrite the checkpoint that it is made from: give another name\n'
+    (odd := old.with_name('a%20b.pth')).write_bytes(old.read_bytes())
+    for source, target in ((old.as_uri(), old), (odd, odd)):
+        assert error_of_toy(TOOL, source, target) == (
+            f'error: {target} would overwrite the checkpoint that it is made from: give another name\n')
 
 
 def test_a_trusted_file_is_converted(run_toy: Callable, tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ class TwoStageDetector(BaseModel):
 
         Parts of other kinds start as their own ``init_weights`` says.
         """
+        if isinstance(getattr(self.backbone, 'pretrained', None), str) and not hasattr(
+                self.backbone, 'init_weights'):
+            load_pretrained_backbone(self.backbone, self.backbone.pretrained)
         for part in self.children():
             _start(part)
 
@@ -103,11 +106,10 @@ class TwoStageDetector(BaseModel):
 
 
 def _start(part: Any) -> None:
+    """Call the ``init_weights`` of parts of other kinds, but not of what these are made of."""
     if hasattr(part, 'init_weights'):
         part.init_weights()
-    elif isinstance(getattr(part, 'pretrained', None), str):
-        load_pretrained_backbone(part, part.pretrained)
-    else:
+    elif type(part).__module__.startswith(('mmdet.', 'torch.nn.modules.container')):
         for child in part.children():
             _start(child)
 
@@ -117,7 +119,8 @@ def _check_fit(parts: dict[str, Any]) -> None:
     if parts['roi_head'].get('mask_head') and not parts['roi_head'].get('mask_roi_extractor'):
         raise ValueError('model.roi_head.mask_head needs a model.roi_head.mask_roi_extractor')
     for kind, part, name, source, factor in _FITS:
-        if {*_values(parts, f'{part}.type')} != {kind}:
+        types = (getattr(value, '__name__', value) for value in _values(parts, f'{part}.type'))
+        if {name.rpartition('.')[2].removesuffix('2019') for name in types} != {kind}:
             continue
         for taken, given in product(_values(parts, name), _values(parts, source)):
             if taken != factor * given:

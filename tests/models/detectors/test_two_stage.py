@@ -138,6 +138,12 @@ def test_parts_that_do_not_fit(build: Callable, changes: tuple, message: str) ->
         build(*changes)
 
 
+@pytest.mark.parametrize('kind', ['FCNMaskHead2019', 'mmdet.FCNMaskHead'])
+def test_other_names_of_a_part_have_to_fit_as_well(build: Callable, kind: str) -> None:
+    with pytest.raises(ValueError, match='mask_head.in_channels=8 does not fit'):
+        build('roi_head.mask_head.type', kind, 'roi_head.mask_head.in_channels', 8)
+
+
 def test_another_head_may_take_another_size(build: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     class Head(MODELS.get('FCNMaskHead')):
         pass
@@ -157,7 +163,22 @@ def test_parts_of_other_kinds_start_as_they_say(build: Callable) -> None:
     model.backbone, model.roi_head.bbox_head = Plain(), Plain()
     model.init_weights()
     assert model.backbone.started and model.roi_head.bbox_head.started
-    model.backbone = torch.nn.Identity()
+
+
+def test_what_a_part_of_another_kind_is_made_of_stays_as_it_made_it(build: Callable) -> None:
+    class Inner(torch.nn.Module):
+        def init_weights(self) -> None:
+            raise AssertionError('it may be pretrained')
+
+    class Wrapper(torch.nn.Module):
+        pretrained = 'openai'
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Inner()
+
+    model = build()
+    model.neck = Wrapper()
     model.init_weights()
 
 
