@@ -126,7 +126,8 @@ def _with_classes(meta: dict[str, Any]) -> dict[str, Any]:
     """``meta`` with the names of the classes where mmdetection 3.x has them: ``dataset_meta['classes']``."""
     dataset = meta.get('dataset_meta')
     dataset = dict(dataset) if isinstance(dataset, Mapping) else {}
-    old = _class_names(meta.get('CLASSES')) or _class_names(dataset.pop('CLASSES', None))
+    beside = dataset.pop('CLASSES', None)
+    old = _class_names(meta.get('CLASSES')) or _class_names(beside)
     if meta.get('legacy_2019'):
         old = tuple(name.replace('_', ' ') for name in old)  # COCO's own names have spaces
     if names := old or _class_names(dataset.pop('classes', None)):
@@ -139,8 +140,10 @@ def _class_names(value: Any) -> tuple[str, ...]:
     value = value.tolist() if hasattr(value, 'tolist') else value  # an array
     if isinstance(value, str | bytes):
         value = [value]
-    elif isinstance(value, Mapping):  # by number
-        value = value.values()
+    elif isinstance(value, Mapping) and all(isinstance(number, int) for number in value.values()):
+        value = sorted(value, key=value.__getitem__)
+    elif isinstance(value, Mapping):  # of names by number, perhaps as text
+        value = [value[key] for key in sorted(value, key=lambda key: (len(str(key)), str(key)))]
     if not isinstance(value, Iterable):
         return ()
     return tuple(name.decode(errors='replace') if isinstance(name, bytes) else str(name) for name in value)

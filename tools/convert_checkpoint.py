@@ -31,11 +31,11 @@ def main(argv: Sequence[str]) -> None:
     target = Path(args.target)
     if target.suffix not in ('.pth', '.safetensors'):
         raise ValueError(f'{target} must end in .pth or .safetensors')
+    content = load_file(args.source, trust=args.trust_checkpoint)
     is_address = args.source.startswith('file://')
     source = Path(unquote(urlsplit(args.source).path) if is_address else args.source)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f'{target} would overwrite the checkpoint that it is made from: give another name')
-    content = load_file(args.source, trust=args.trust_checkpoint)
     if not content['state_dict']:
         raise ValueError(f'{args.source} holds no weights')
     meta, left_out = plain_part(content['meta'])

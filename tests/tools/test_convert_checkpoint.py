@@ -46,6 +46,7 @@ def test_a_file_of_2019_is_converted(run_toy: Callable, old: Path, tmp_path: Pat
         (['old.pth', 'old.pth'], 'old.pth would overwrite the checkpoint that it is made from'),
         (['old.pth', 'new.bin'], 'new.bin must end in .pth or .safetensors'),
         (['no.pth', 'new.pth'], 'checkpoint no.pth does not exist'),
+        (['file://[bad/x.pth', 'new.pth'], 'file://[bad/x.pth is no address: '),
         (['planted.pth', 'new.pth'], 'checkpoint planted.pth was refused: it holds builtins.range'),
     ],
 )

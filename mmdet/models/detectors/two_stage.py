@@ -109,7 +109,8 @@ def _start(part: Any) -> None:
     """Call the ``init_weights`` of parts of other kinds, but not of what these are made of."""
     if hasattr(part, 'init_weights'):
         part.init_weights()
-    elif type(part).__module__.startswith(('mmdet.', 'torch.nn.modules.container')):
+    elif any(base.__module__.startswith(('mmdet.', 'torch.nn.modules.container'))
+             for base in type(part).__mro__):
         for child in part.children():
             _start(child)
 

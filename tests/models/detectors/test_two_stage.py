@@ -160,6 +160,7 @@ def test_parts_of_other_kinds_start_as_they_say(build: Callable) -> None:
             self.started = True
 
     model = build()
+    model.roi_head.__class__ = type('Derived', (type(model.roi_head),), dict(__module__='elsewhere'))
     model.backbone, model.roi_head.bbox_head = Plain(), Plain()
     model.init_weights()
     assert model.backbone.started and model.roi_head.bbox_head.started
